@@ -1,0 +1,392 @@
+// The vectorised CPU kernels, included once for each instruction set (see simd.h for LMF_ISA).
+//
+// Two walks over the logits, one mathematics:
+//   Tile: up to kTileRows rows at a time, a lane a row, classes one after the other. For few classes and for dense
+//         prediction, where neighbouring rows are neighbours in memory (lmf_cpu_tile.h moves them in and out).
+//   Row:  one row at a time, a lane a class. For many classes that are neighbours in memory.
+// Forward stages a chunk of logits in L1 with the target's own logit replaced by -inf, so that the inner loops know
+// only competitors, and combines chunks online: logits are read from memory once, whatever C is.
+#pragma once
+
+#include "lmf_cpu.h"
+#include "lmf_cpu_tile.h"
+#include "lmf_math.h"
+#include "simd.h"
+
+namespace lmf {
+namespace LMF_ISA {
+
+constexpr int kRowChunk = kTileRows * kTileClasses;  // logits of one row staged at a time
+constexpr int64_t kIgnored = -1;
+
+// Which exponentials eq. 1 needs: those of both scales, or of one (s = 1, alpha = 0 or beta = 0).
+struct Exponentials {
+  bool both;
+  double scale;  // of the only one
+  explicit Exponentials(const Problem& p)
+      : both(p.alpha != 0 && p.beta != 0 && p.s != 1), scale(p.alpha != 0 && p.beta == 0 ? p.s : 1.0) {}
+};
+
+inline bool use_row_walk(const Problem& p) { return p.strides.classes == 1 && p.classes > kTileMostContiguousClasses; }
+
+template <typename A>
+constexpr A infinity() {
+  return std::numeric_limits<A>::infinity();
+}
+
+// ---- eq. 1
+// -----------------------------------------------------------------------------------------------------------
+
+// Statistics of up to kTileRows rows, and their labels (kIgnored where a row is not kept).
+template <typename A>
+struct alignas(64) Rows {
+  A m[kTileRows], t1[kTileRows], t2[kTileRows], z_y[kTileRows];
+  int64_t y[kTileRows];
+};
+
+// The exponent of what turns sums relative to m into sums relative to next >= m; 0 where both are -inf.
+template <typename M>
+inline typename M::Value change_of(typename M::Value m, typename M::Value next) {
+  return M::select(m == next, M::of(0), m - next);
+}
+
+template <typename M, bool both>
+struct Sums {
+  using V = typename M::Value;
+  V t1 = M::of(0), t2 = M::of(0);
+
+  inline void add(V d, typename M::Scalar s) {
+    if (both) {
+      t1 += M::exp(d);
+      t2 += M::exp(s * d);
+    } else {
+      t1 += M::exp(s * d);
+    }
+  }
+  inline void rescale(V change, typename M::Scalar s) {
+    if (both) {
+      t1 *= M::exp(change);
+      t2 *= M::exp(s * change);
+    } else {
+      t1 *= M::exp(s * change);
+    }
+  }
+};
+
+// The tile walk: `count` rows from `row`, which one stride connects; a lane a row.
+template <typename T, typename A, bool both>
+void tile_statistics(const ForwardArguments& p, A s, int64_t row, int64_t count, A* staged, Rows<A>& rows) {
+  using M = VectorMath<A>;
+  using V = typename M::Value;
+  const Tile<const T> tile(static_cast<const T*>(p.logits), p.logits_end, p.strides, p, row, count);
+  const int64_t chunk_size = balanced_chunk(p.classes);
+  for (int64_t first = 0; first < p.classes; first += chunk_size) {
+    const int64_t chunk = p.classes - first < chunk_size ? p.classes - first : chunk_size;
+    stage_tile(tile, first, chunk, staged);
+    for (int64_t lane = 0; lane < count; lane++) {
+      const int64_t j = rows.y[lane] - first;
+      if (j < 0 || j >= chunk) continue;
+      rows.z_y[lane] = staged[j * kTileRows + lane];
+      staged[j * kTileRows + lane] = -infinity<A>();
+    }
+    for (int64_t lane = 0; lane < count; lane += M::kLanes) {
+      const A* competitors = staged + lane;
+      const V m = first ? load(&rows.m[lane]) : M::of(-infinity<A>());
+      V next = m;
+      for (int64_t j = 0; j < chunk; j++) next = M::max(load(competitors + j * kTileRows), next);
+      const V anchor = M::select(next == M::of(-infinity<A>()), M::of(0), next);
+      Sums<M, both> sums;
+      if (first) {
+        sums = {load(&rows.t1[lane]), load(&rows.t2[lane])};
+        sums.rescale(change_of<M>(m, next), s);
+      }
+      for (int64_t j = 0; j < chunk; j++) sums.add(load(competitors + j * kTileRows) - anchor, s);
+      store(&rows.m[lane], next);
+      store(&rows.t1[lane], sums.t1);
+      store(&rows.t2[lane], both ? sums.t2 : sums.t1);
+    }
+  }
+}
+
+// The row walk: one row of neighbouring classes; a lane a class.
+template <typename T, typename A, bool both>
+void row_statistics(const ForwardArguments& p, A s, int64_t row, int64_t lane, A* staged, Rows<A>& rows) {
+  using M = VectorMath<A>;
+  using V = typename M::Value;
+  constexpr int kLanes = M::kLanes, kUnroll = 4;
+  const T* z = static_cast<const T*>(p.logits) + offset_of(p, p.strides, row);
+  A m = -infinity<A>();
+  Sums<M, both> sums;
+  for (int64_t first = 0; first < p.classes; first += kRowChunk) {
+    const int64_t chunk = p.classes - first < kRowChunk ? p.classes - first : kRowChunk;
+    const int64_t whole = chunk / kLanes * kLanes;
+    const int64_t padded = (chunk + kUnroll * kLanes - 1) / (kUnroll * kLanes) * (kUnroll * kLanes);
+    for (int64_t j = 0; j < whole; j += kLanes) store(staged + j, load(z + first + j));
+    if (whole < chunk) store(staged + whole, load_some(z + first + whole, chunk - whole));
+    for (int64_t j = chunk; j < padded; j++) staged[j] = -infinity<A>();
+    const int64_t target = rows.y[lane] - first;
+    if (target >= 0 && target < chunk) {
+      rows.z_y[lane] = staged[target];
+      staged[target] = -infinity<A>();
+    }
+
+    V largest[kUnroll];
+    for (int u = 0; u < kUnroll; u++) largest[u] = M::of(m);
+    for (int64_t j = 0; j < padded; j += kUnroll * kLanes) {
+      for (int u = 0; u < kUnroll; u++) largest[u] = M::max(load(staged + j + u * kLanes), largest[u]);
+    }
+    const A next = M::largest(M::max(M::max(largest[0], largest[1]), M::max(largest[2], largest[3])));
+    const V anchor = M::of(next == -infinity<A>() ? A(0) : next);
+    if (first) sums.rescale(change_of<M>(M::of(m), M::of(next)), s);
+    for (int64_t j = 0; j < padded; j += kLanes) sums.add(load(staged + j) - anchor, s);
+    m = next;
+  }
+  rows.m[lane] = m;
+  rows.t1[lane] = M::sum(sums.t1);
+  rows.t2[lane] = both ? M::sum(sums.t2) : rows.t1[lane];
+}
+
+// ---- eq. 2 to 7, a vector of rows at a time
+// ---------------------------------------------------------------------------
+
+// A block's sums, a lane each, so that they add up in vectors and in one order.
+template <typename A>
+struct LaneSums {
+  static constexpr int kLanes = VectorMath<A>::kLanes;
+  double ldam[kLanes] = {}, focal[kLanes] = {}, weight[kLanes] = {};
+
+  void add_to(Partial& partial) const {
+    for (int lane = 0; lane < kLanes; lane++) {
+      partial.ldam += ldam[lane];
+      partial.focal += focal[lane];
+      partial.weight += weight[lane];
+    }
+  }
+};
+
+template <typename V>
+inline void accumulate(double* sums, V values) {
+  for (int lane = 0; lane < int(sizeof(V) / sizeof(values[0])); lane++) sums[lane] += double(values[lane]);
+}
+
+// table[y], `absent` without a table; ignored rows get whatever is first in it.
+template <typename A>
+inline typename VectorMath<A>::Value gather(const void* table, const int64_t* y, A absent) {
+  if (!table) return VectorMath<A>::of(absent);
+  A lanes[VectorMath<A>::kLanes];
+  for (int lane = 0; lane < VectorMath<A>::kLanes; lane++) {
+    lanes[lane] = static_cast<const A*>(table)[y[lane] < 0 ? 0 : y[lane]];
+  }
+  return load(lanes);
+}
+
+template <typename A>
+void finish_rows(const ForwardArguments& p, const Options<A>& o, int64_t row, int64_t count, Rows<A>& rows,
+                 LaneSums<A>& sums) {
+  using M = VectorMath<A>;
+  using V = typename M::Value;
+  const V zero = M::of(0);
+  for (int64_t lane = count; lane % M::kLanes; lane++) rows.y[lane] = kIgnored;
+  for (int64_t first = 0; first < count; first += M::kLanes) {
+    const int64_t* y = &rows.y[first];
+    A kept_lanes[M::kLanes];
+    for (int lane = 0; lane < M::kLanes; lane++) kept_lanes[lane] = y[lane] == kIgnored ? A(0) : A(1);
+    const V kept = load(kept_lanes);
+    const typename M::Mask ignored = kept == zero;
+    const V m = load(&rows.m[first]);
+    const V anchor = M::select(m == M::of(-infinity<A>()), zero, m);
+    const Statistics<M> statistics = {anchor, load(&rows.t1[first]), load(&rows.t2[first]), load(&rows.z_y[first])};
+    Term<M> focal = {zero, zero, zero}, ldam = focal;
+    if (o.beta != 0) {
+      focal = focal_term<M>(statistics, ignored, gather<A>(p.focal_weight, y, 1), o);
+      accumulate(sums.focal, focal.loss);
+    }
+    if (o.alpha != 0) {
+      const V w_ldam = gather<A>(p.ldam_weight, y, 1);
+      ldam = ldam_term<M>(statistics, ignored, gather<A>(p.margins, y, 0), w_ldam, o);
+      accumulate(sums.ldam, ldam.loss);
+      accumulate(sums.weight, M::select(ignored, zero, w_ldam));
+    }
+    const V saved[5] = {anchor, focal.c, ldam.c, focal.g, ldam.g};
+    A* const stats = static_cast<A*>(p.stats) + row + first;
+    for (int k = 0; k < 5; k++) store_some(stats + k * p.rows, saved[k], count - first);
+    if (p.row_loss) {
+      store_some(static_cast<A*>(p.row_loss) + row + first, o.alpha * ldam.loss + o.beta * focal.loss, count - first);
+    }
+  }
+}
+
+template <typename A>
+void read_labels(const ForwardArguments& p, int64_t row, int64_t count, Rows<A>& rows, Partial& partial) {
+  for (int64_t lane = 0; lane < count; lane++) {
+    const int64_t y = p.target[row + lane];
+    const bool ignored = y == p.ignore_index, inside = y >= 0 && y < p.classes;
+    if (!ignored && !inside && partial.bad_row < 0) partial.bad_row = row + lane;
+    rows.y[lane] = !ignored && inside ? y : kIgnored;
+    partial.kept += !ignored;
+  }
+}
+
+template <typename T, typename A, bool both>
+void forward_rows(const ForwardArguments& p, A scale, int64_t begin, int64_t end, Partial& partial) {
+  const Options<A> options = {A(p.alpha), A(p.beta), A(p.gamma), A(p.s)};
+  const bool row_walk = use_row_walk(p);
+  alignas(64) A staged[kTileRows * kTileClasses];
+  Rows<A> rows = {};
+  LaneSums<A> sums;
+  for (int64_t row = begin; row < end;) {
+    const int64_t limit = end - row < kTileRows ? end - row : kTileRows;
+    const int64_t count = row_walk ? limit : connected_rows(p, row, limit);
+    read_labels(p, row, count, rows, partial);
+    if (row_walk) {
+      for (int64_t lane = 0; lane < count; lane++) {
+        if (rows.y[lane] != kIgnored) row_statistics<T, A, both>(p, scale, row + lane, lane, staged, rows);
+      }
+    } else {
+      tile_statistics<T, A, both>(p, scale, row, count, staged, rows);
+    }
+    finish_rows(p, options, row, count, rows, sums);
+    row += count;
+  }
+  sums.add_to(partial);
+}
+
+template <typename T>
+void forward(const ForwardArguments& p, int64_t begin, int64_t end, Partial& partial) {
+  using A = typename Accumulate<T>::type;
+  const FlushSubnormals flush;
+  const Exponentials exponentials(p);
+  if (exponentials.both) {
+    forward_rows<T, A, true>(p, A(p.s), begin, end, partial);
+  } else {
+    forward_rows<T, A, false>(p, A(exponentials.scale), begin, end, partial);
+  }
+}
+
+// ---- eq. 8
+// ------------------------------------------------------------------------------------------------------------
+
+// r1 c1 and r2 c2 of up to kTileRows rows (their sum in rc1 when there is one exponential), and -(r1 g1 + r2 g2).
+template <typename A>
+struct alignas(64) Coefficients {
+  A m[kTileRows], rc1[kTileRows], rc2[kTileRows], at_target[kTileRows];
+  A live[kTileRows];  // 0 where the row's gradient is a stored zero, whatever its logits hold
+};
+
+template <typename A, bool both>
+void read_coefficients(const BackwardArguments& p, int64_t row, int64_t count, Coefficients<A>& c) {
+  const A* stats = static_cast<const A*>(p.stats) + row;
+  const A* grad_output = static_cast<const A*>(p.grad_output) + row * p.grad_output_stride;
+  const A focal_denominator = A(p.focal_denominator), ldam_denominator = A(p.ldam_denominator);
+  for (int64_t lane = 0; lane < count; lane++) {
+    const A go = grad_output[lane * p.grad_output_stride];
+    const A c1 = stats[1 * p.rows + lane], c2 = stats[2 * p.rows + lane];
+    // A silent term contributes 0 even where its denominator is 0.
+    const A r1 = c1 == 0 ? A(0) : go / focal_denominator, r2 = c2 == 0 ? A(0) : go / ldam_denominator;
+    c.m[lane] = stats[lane];
+    c.live[lane] = c1 == 0 && c2 == 0 ? A(0) : A(1);
+    c.rc1[lane] = both ? r1 * c1 : r1 * c1 + r2 * c2;
+    c.rc2[lane] = r2 * c2;
+    c.at_target[lane] = -(r1 * stats[3 * p.rows + lane] + r2 * stats[4 * p.rows + lane]);
+  }
+}
+
+// The gradient at a competitor. At the target, where d may be positive, it is meaningless and overwritten.
+template <typename M, bool both>
+inline typename M::Value competitor_gradient(typename M::Value d, typename M::Value rc1, typename M::Value rc2,
+                                             typename M::Scalar s) {
+  return both ? rc1 * M::exp(d) + rc2 * M::exp(s * d) : rc1 * M::exp(s * d);
+}
+
+template <typename T, typename A, bool both>
+void tile_gradient(const BackwardArguments& p, A s, int64_t row, int64_t count, A* staged, const Coefficients<A>& c) {
+  using M = VectorMath<A>;
+  using V = typename M::Value;
+  const Tile<const T> logits(static_cast<const T*>(p.logits), p.logits_end, p.strides, p, row, count);
+  const Tile<T> grad(static_cast<T*>(p.grad_logits), nullptr, p.grad_strides, p, row, count);
+  const int64_t chunk_size = balanced_chunk(p.classes);
+  for (int64_t first = 0; first < p.classes; first += chunk_size) {
+    const int64_t chunk = p.classes - first < chunk_size ? p.classes - first : chunk_size;
+    stage_tile(logits, first, chunk, staged);
+    for (int64_t lane = 0; lane < count; lane += M::kLanes) {
+      const V m = load(&c.m[lane]), rc1 = load(&c.rc1[lane]), rc2 = load(&c.rc2[lane]);
+      const typename M::Mask silent = load(&c.live[lane]) == M::of(0);
+      for (int64_t j = 0; j < chunk; j++) {
+        A* const z = staged + j * kTileRows + lane;
+        store(z, M::select(silent, M::of(0), competitor_gradient<M, both>(load(z) - m, rc1, rc2, s)));
+      }
+    }
+    for (int64_t lane = 0; lane < count; lane++) {
+      const int64_t j = p.target[row + lane] - first;
+      if (c.live[lane] != 0 && j >= 0 && j < chunk) staged[j * kTileRows + lane] = c.at_target[lane];
+    }
+    write_tile(grad, first, chunk, staged);
+  }
+}
+
+template <typename T, typename A, bool both>
+void row_gradient(const BackwardArguments& p, A s, int64_t row, int64_t lane, const Coefficients<A>& c) {
+  using M = VectorMath<A>;
+  using V = typename M::Value;
+  constexpr int kLanes = M::kLanes;
+  const T* z = static_cast<const T*>(p.logits) + offset_of(p, p.strides, row);
+  T* grad = static_cast<T*>(p.grad_logits) + offset_of(p, p.grad_strides, row);
+  const int64_t whole = p.classes / kLanes * kLanes, rest = p.classes - whole;
+  if (c.live[lane] == 0) {
+    for (int64_t j = 0; j < whole; j += kLanes) store(grad + j, M::of(0));
+    store_some(grad + whole, M::of(0), rest);
+    return;
+  }
+  const V m = M::of(c.m[lane]), rc1 = M::of(c.rc1[lane]), rc2 = M::of(c.rc2[lane]);
+  for (int64_t j = 0; j < whole; j += kLanes) {
+    store(grad + j, competitor_gradient<M, both>(load(z + j) - m, rc1, rc2, s));
+  }
+  if (rest) {
+    store_some(grad + whole, competitor_gradient<M, both>(load_some(z + whole, rest) - m, rc1, rc2, s), rest);
+  }
+  store_some(grad + p.target[row], M::of(c.at_target[lane]), 1);
+}
+
+template <typename T, typename A, bool both>
+void backward_rows(const BackwardArguments& p, A scale, int64_t begin, int64_t end) {
+  const bool row_walk = use_row_walk(p) && p.grad_strides.classes == 1;
+  alignas(64) A staged[kTileRows * kTileClasses];
+  Coefficients<A> coefficients = {};
+  for (int64_t row = begin; row < end;) {
+    const int64_t limit = end - row < kTileRows ? end - row : kTileRows;
+    const int64_t count = row_walk ? limit : connected_rows(p, row, limit);
+    read_coefficients<A, both>(p, row, count, coefficients);
+    if (row_walk) {
+      for (int64_t lane = 0; lane < count; lane++) row_gradient<T, A, both>(p, scale, row + lane, lane, coefficients);
+    } else {
+      tile_gradient<T, A, both>(p, scale, row, count, staged, coefficients);
+    }
+    row += count;
+  }
+}
+
+template <typename T>
+void backward(const BackwardArguments& p, int64_t begin, int64_t end) {
+  using A = typename Accumulate<T>::type;
+  const FlushSubnormals flush;
+  const Exponentials exponentials(p);
+  if (exponentials.both) {
+    backward_rows<T, A, true>(p, A(p.s), begin, end);
+  } else {
+    backward_rows<T, A, false>(p, A(exponentials.scale), begin, end);
+  }
+}
+
+}  // namespace LMF_ISA
+}  // namespace lmf
+
+#define LMF_KERNEL_TABLE(NAME)                                                                     \
+  {                                                                                                \
+    NAME,                                                                                          \
+        {lmf::LMF_ISA::forward<lmf::LMF_ISA::Half>, lmf::LMF_ISA::forward<lmf::LMF_ISA::BFloat16>, \
+         lmf::LMF_ISA::forward<float>, lmf::LMF_ISA::forward<double>},                             \
+    {                                                                                              \
+      lmf::LMF_ISA::backward<lmf::LMF_ISA::Half>, lmf::LMF_ISA::backward<lmf::LMF_ISA::BFloat16>,  \
+          lmf::LMF_ISA::backward<float>, lmf::LMF_ISA::backward<double>                            \
+    }                                                                                              \
+  }

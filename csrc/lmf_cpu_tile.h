@@ -1,0 +1,163 @@
+// Moves tiles of logits and gradients, up to kTileRows rows by kTileClasses classes, between memory and a staged
+// copy in the accumulation type: staged[class * kTileRows + row], so that a vector holds one class of many rows.
+#pragma once
+
+#include "lmf_cpu.h"
+#include "simd.h"
+
+namespace lmf {
+namespace LMF_ISA {
+
+constexpr int kTileRows = 64;                    // also the rows that share one evaluation of lmf_math.h
+constexpr int kTileClasses = 64;                 // 16 KiB of float are staged at a time
+constexpr int kTileMostContiguousClasses = 128;  // beyond, rows of neighbouring classes take the row walk
+
+// Chunks of nearly equal size, none above kTileClasses; with two of them each fills more than a vector.
+inline int64_t balanced_chunk(int64_t classes) {
+  const int64_t chunks = (classes + kTileClasses - 1) / kTileClasses;
+  return (classes + chunks - 1) / chunks;
+}
+
+inline int64_t offset_of(const Problem& p, const Strides& strides, int64_t row) {
+  return row / p.inner_size * strides.outer + row % p.inner_size * strides.inner;
+}
+
+// The number of rows from `row` on that one stride connects, at most `limit`.
+inline int64_t connected_rows(const Problem& p, int64_t row, int64_t limit) {
+  const int64_t left = p.inner_size - row % p.inner_size;
+  return left < limit ? left : limit;
+}
+
+// The first `count` elements at p; the other lanes are 0.
+template <typename T>
+inline auto load_some(const T* p, int64_t count) {
+  T lanes[VectorMath<typename Accumulate<T>::type>::kLanes] = {};
+  for (int lane = 0; lane < count; lane++) lanes[lane] = p[lane];
+  return load(lanes);
+}
+
+// Stores the first `count` lanes, or all if there are fewer.
+template <typename T, typename V>
+inline void store_some(T* p, V v, int64_t count) {
+  constexpr int kLanes = VectorMath<typename Accumulate<T>::type>::kLanes;
+  if (count >= kLanes) return store(p, v);
+  T lanes[kLanes];
+  store(lanes, v);
+  for (int lane = 0; lane < count; lane++) p[lane] = lanes[lane];
+}
+
+// Rows that one stride connects, and all their classes.
+template <typename T>
+struct Tile {
+  T* z;             // row 0, class 0
+  const void* end;  // of the tensor's memory; null where nothing may be touched beyond a row
+  int64_t class_stride, row_stride, classes, rows;
+
+  Tile(T* base, const void* end, const Strides& strides, const Problem& p, int64_t row, int64_t rows)
+      : z(base + offset_of(p, strides, row)),
+        end(end),
+        class_stride(strides.classes),
+        row_stride(strides.inner),
+        classes(p.classes),
+        rows(rows) {}
+
+  bool rows_are_neighbours() const { return row_stride == 1; }
+  bool classes_are_neighbours() const { return class_stride == 1 && classes <= kTileMostContiguousClasses; }
+};
+
+// Applies `function(class)` to the first class of each square of kLanes classes in a chunk. The last square ends with
+// the chunk and may overlap the one before; a chunk of fewer classes is one square that sticks out.
+template <int kLanes, typename Function>
+inline void for_squares(int64_t chunk, const Function& function) {
+  for (int64_t j = 0; j < chunk; j += kLanes) function(j + kLanes <= chunk || chunk < kLanes ? j : chunk - kLanes);
+}
+
+template <typename T>
+inline void stage_contiguous_classes(const Tile<const T>& tile, int64_t first, int64_t chunk,
+                                     typename Accumulate<T>::type* staged) {
+  using M = VectorMath<typename Accumulate<T>::type>;
+  for (int64_t lane = 0; lane < tile.rows; lane += M::kLanes) {
+    for_squares<M::kLanes>(chunk, [&](int64_t j) {
+      typename M::Value square[M::kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < M::kLanes; i++) {
+        const int64_t row = lane + i < tile.rows ? lane + i : tile.rows - 1;
+        const T* z = tile.z + row * tile.row_stride + first + j;
+        const bool inside = chunk >= M::kLanes || static_cast<const void*>(z + M::kLanes) <= tile.end;
+        square[i] = inside ? load(z) : load_some(z, chunk - j);
+      }
+      transpose<M>(square);
+      const int64_t some = chunk - j < M::kLanes ? chunk - j : M::kLanes;
+#pragma GCC unroll 16
+      for (int i = 0; i < M::kLanes; i++) {
+        if (i < some) store(staged + (j + i) * kTileRows + lane, square[i]);
+      }
+    });
+  }
+}
+
+template <typename T>
+inline void write_contiguous_classes(const Tile<T>& tile, int64_t first, int64_t chunk,
+                                     const typename Accumulate<T>::type* staged) {
+  using M = VectorMath<typename Accumulate<T>::type>;
+  const bool dense = tile.row_stride == tile.classes;
+  for (int64_t lane = 0; lane < tile.rows; lane += M::kLanes) {
+    for_squares<M::kLanes>(chunk, [&](int64_t j) {
+      typename M::Value square[M::kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < M::kLanes; i++) square[i] = load(staged + (j + i) * kTileRows + lane);
+      transpose<M>(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < M::kLanes; i++) {
+        const int64_t row = lane + i;
+        if (row < tile.rows) {
+          T* z = tile.z + row * tile.row_stride + first + j;
+          // Fewer classes than lanes: a whole vector may spill into the tile's next rows, which are written later.
+          const bool whole =
+              chunk >= M::kLanes || (dense && row * tile.classes + M::kLanes <= tile.rows * tile.classes);
+          store_some(z, square[i], whole ? M::kLanes : chunk - j);
+        }
+      }
+    });
+  }
+}
+
+// Fills staged[class - first][row]; rows beyond the tile's hold something finite or other.
+template <typename T>
+void stage_tile(const Tile<const T>& tile, int64_t first, int64_t chunk, typename Accumulate<T>::type* staged) {
+  using M = VectorMath<typename Accumulate<T>::type>;
+  if (tile.classes_are_neighbours() && !tile.rows_are_neighbours()) {
+    return stage_contiguous_classes<T>(tile, first, chunk, staged);
+  }
+  const int64_t whole = tile.rows_are_neighbours() ? tile.rows / M::kLanes * M::kLanes : 0;
+  for (int64_t j = 0; j < chunk; j++) {
+    const T* z = tile.z + (first + j) * tile.class_stride;
+    for (int64_t lane = 0; lane < whole; lane += M::kLanes) store(staged + j * kTileRows + lane, load(z + lane));
+    for (int64_t lane = whole; lane < tile.rows; lane += M::kLanes) {
+      T lanes[M::kLanes] = {};
+      for (int i = 0; i < M::kLanes && lane + i < tile.rows; i++) lanes[i] = z[(lane + i) * tile.row_stride];
+      store(staged + j * kTileRows + lane, load(lanes));
+    }
+  }
+}
+
+template <typename T>
+void write_tile(const Tile<T>& tile, int64_t first, int64_t chunk, const typename Accumulate<T>::type* staged) {
+  using M = VectorMath<typename Accumulate<T>::type>;
+  if (tile.classes_are_neighbours() && !tile.rows_are_neighbours()) {
+    return write_contiguous_classes<T>(tile, first, chunk, staged);
+  }
+  const int64_t whole = tile.rows_are_neighbours() ? tile.rows / M::kLanes * M::kLanes : 0;
+  for (int64_t j = 0; j < chunk; j++) {
+    T* z = tile.z + (first + j) * tile.class_stride;
+    for (int64_t lane = 0; lane < whole; lane += M::kLanes) store(z + lane, load(staged + j * kTileRows + lane));
+    for (int64_t lane = whole; lane < tile.rows; lane += M::kLanes) {
+      T lanes[M::kLanes];
+      store(lanes, load(staged + j * kTileRows + lane));
+      for (int i = 0; i < M::kLanes && lane + i < tile.rows; i++) z[(lane + i) * tile.row_stride] = lanes[i];
+    }
+  }
+}
+
+}  // namespace LMF_ISA
+}  // namespace lmf

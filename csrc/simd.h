@@ -1,0 +1,276 @@
+// Vectors and their elementary functions, for the instruction set that the including file was compiled for. They are
+// the vector extensions of GCC and Clang, so that one source serves AVX-512, AVX2, SSE2 and NEON; intrinsics appear
+// only where the compilers have no other word for an instruction (half-precision conversion).
+//
+// LMF_ISA names the namespace (one per instruction set: their functions must not be merged by the linker) and
+// LMF_VECTOR_BYTES the width. No inline function of the standard library is called here, for the same reason.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace lmf {
+namespace LMF_ISA {
+
+template <typename T, int bytes>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(bytes)));
+};
+
+using f32v = VectorOf<float, LMF_VECTOR_BYTES>::type;
+using i32v = VectorOf<int32_t, LMF_VECTOR_BYTES>::type;
+using f64v = VectorOf<double, LMF_VECTOR_BYTES>::type;
+using i64v = VectorOf<int64_t, LMF_VECTOR_BYTES>::type;
+
+// log(1 + f) for f in [sqrt(1/2) - 1, sqrt(2) - 1], relative to its value: the series in f / (2 + f) with minimax
+// coefficients.
+inline f32v log1p_reduced(f32v f) {
+  const f32v q = f / (2.0f + f);
+  const f32v z = q * q;
+  const f32v half_square = 0.5f * f * f;
+  const f32v r = z * (0.66666662693f + z * (0.40000972152f + z * (0.28498786688f + z * 0.24279078841f)));
+  return f - (half_square - q * (half_square + r));
+}
+
+// Results below the normal numbers become 0 while this object lives. Gradients of improbable classes fall there in
+// masses, and x86 handles each such result by a microcode trap of a hundred cycles.
+class FlushSubnormals {
+#if defined(__x86_64__)
+ public:
+  FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | kFlushToZero); }
+  ~FlushSubnormals() { _mm_setcsr(saved_); }
+  FlushSubnormals(const FlushSubnormals&) = delete;
+
+ private:
+  static constexpr unsigned kFlushToZero = 0x8000;
+  const unsigned saved_;
+#endif
+};
+
+// All lanes into one, by halves.
+template <typename V, typename Function>
+inline auto reduce(V v, Function function) {
+  constexpr int kLanes = sizeof(V) / sizeof(v[0]);
+  auto lanes = v;
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; lane++) lanes[lane] = function(lanes[lane], lanes[lane + half]);
+  }
+  return lanes[0] + 0;
+}
+
+template <typename T>
+struct VectorMath;
+
+template <>
+struct VectorMath<float> {
+  using Scalar = float;
+  using Value = f32v;
+  using Mask = i32v;
+  static constexpr int kLanes = LMF_VECTOR_BYTES / sizeof(float);
+
+  static inline f32v of(float x) { return f32v{} + x; }
+  static inline f32v select(i32v mask, f32v yes, f32v no) { return mask ? yes : no; }
+  static inline f32v max(f32v x, f32v y) { return x > y ? x : y; }  // y where x is NaN
+  static inline float largest(f32v x) {
+    return reduce(x, [](float a, float b) { return a > b ? a : b; });
+  }
+  static inline float sum(f32v x) {
+    return reduce(x, [](float a, float b) { return a + b; });
+  }
+
+  // exp(x) for x <= 0 to 1 ulp, NaN for NaN, 0 below the normal numbers.
+  static inline f32v exp(f32v x) {
+    constexpr float kLog2e = 1.44269504f, kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
+    // Adding 1.5 * 2^23 rounds to an integer in the low bits; the 127 on top makes them the exponent of 2^n.
+    constexpr float kRound = 12582912.0f + 127.0f;
+    x = x < -88.0f ? of(-88.0f) : x;  // n = -127, whose 2^n is stored as 0
+    const f32v rounded = x * kLog2e + kRound;
+    const f32v n = rounded - kRound;
+    const f32v r = (x - n * kLn2High) - n * kLn2Low;
+    f32v p = of(1.0f / 5040.0f);
+    p = p * r + 1.0f / 720.0f;
+    p = p * r + 1.0f / 120.0f;
+    p = p * r + 1.0f / 24.0f;
+    p = p * r + 1.0f / 6.0f;
+    p = p * r + 0.5f;
+    p = (p * r) * r + r + 1.0f;
+    return p * reinterpret_cast<f32v>(reinterpret_cast<i32v>(rounded) << 23);
+  }
+
+  // log(x) for x >= 1, NaN for NaN.
+  static inline f32v log(f32v x) {
+    constexpr float kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
+    constexpr int32_t kSqrtHalf = 0x3f3504f3;
+    const i32v exponent = (reinterpret_cast<i32v>(x) - kSqrtHalf) >> 23;
+    const f32v mantissa = reinterpret_cast<f32v>(reinterpret_cast<i32v>(x) - (exponent << 23));
+    const f32v n = __builtin_convertvector(exponent, f32v);
+    const f32v special = x - x;  // 0, but NaN for NaN, which the bits above lose
+    return n * kLn2High + (log1p_reduced(mantissa - 1.0f) + (n * kLn2Low + special));
+  }
+
+  // log(1 + x) for x in [0, 1].
+  static inline f32v log1p(f32v x) {
+    const i32v large = x > 0.41421356f;
+    const f32v f = large ? 0.5f * (x - 1.0f) : x;  // 1 + x = 2 (1 + f)
+    return log1p_reduced(f) + (large ? of(0.693147181f) : of(0.0f));
+  }
+};
+
+// Double precision goes through the C library lane by lane: exactness counts there, not speed.
+template <>
+struct VectorMath<double> {
+  using Scalar = double;
+  using Value = f64v;
+  using Mask = i64v;
+  static constexpr int kLanes = LMF_VECTOR_BYTES / sizeof(double);
+
+  static inline f64v of(double x) { return f64v{} + x; }
+  static inline f64v select(i64v mask, f64v yes, f64v no) { return mask ? yes : no; }
+  static inline f64v max(f64v x, f64v y) { return x > y ? x : y; }
+  static inline double largest(f64v x) {
+    return reduce(x, [](double a, double b) { return a > b ? a : b; });
+  }
+  static inline double sum(f64v x) {
+    return reduce(x, [](double a, double b) { return a + b; });
+  }
+  static inline f64v exp(f64v x) {
+    return map(x, [](double v) { return __builtin_exp(v); });
+  }
+  static inline f64v log(f64v x) {
+    return map(x, [](double v) { return __builtin_log(v); });
+  }
+  static inline f64v log1p(f64v x) {
+    return map(x, [](double v) { return __builtin_log1p(v); });
+  }
+
+ private:
+  template <typename Function>
+  static inline f64v map(f64v x, Function function) {
+    for (int lane = 0; lane < kLanes; lane++) x[lane] = function(x[lane]);
+    return x;
+  }
+};
+
+// ---- logits and gradients in memory ------------------------------------------------------------------------------
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <typename T>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+
+using u16v = VectorOf<uint16_t, LMF_VECTOR_BYTES / 2>::type;
+
+template <typename V>
+inline V load_bits(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+inline f32v load(const float* p) { return load_bits<f32v>(p); }
+inline f64v load(const double* p) { return load_bits<f64v>(p); }
+inline void store(float* p, f32v v) { std::memcpy(p, &v, sizeof(v)); }
+inline void store(double* p, f64v v) { std::memcpy(p, &v, sizeof(v)); }
+
+inline f32v load(const BFloat16* p) {
+  const i32v wide = __builtin_convertvector(load_bits<u16v>(p), i32v);
+  return reinterpret_cast<f32v>(wide << 16);
+}
+
+inline void store(BFloat16* p, f32v v) {
+  const i32v bits = reinterpret_cast<i32v>(v);
+  const i32v nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const u16v narrow = __builtin_convertvector(v == v ? nearest_even : i32v{} + 0x7fc0, u16v);
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
+
+#if LMF_VECTOR_BYTES == 64 && defined(__AVX512F__)
+inline f32v load(const Half* p) { return (f32v)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+inline void store(Half* p, f32v v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0)); }
+#elif LMF_VECTOR_BYTES == 32 && defined(__F16C__)
+inline f32v load(const Half* p) { return (f32v)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+inline void store(Half* p, f32v v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, 0)); }
+#else
+// Half precision without conversion instructions. Scaling by a power of two moves the exponent bias and normalises
+// subnormals in one exact multiplication; infinity and NaN keep their all-ones exponent.
+inline f32v load(const Half* p) {
+  const i32v wide = __builtin_convertvector(load_bits<u16v>(p), i32v);
+  const i32v magnitude = (wide & 0x7fff) << 13;
+  const f32v finite = reinterpret_cast<f32v>(magnitude) * 0x1p112f;
+  const i32v special = magnitude | 0x7f800000;
+  const i32v bits = (wide & 0x7c00) == 0x7c00 ? special : reinterpret_cast<i32v>(finite);
+  return reinterpret_cast<f32v>(bits | ((wide & 0x8000) << 16));
+}
+
+inline void store(Half* p, f32v v) {
+  const i32v bits = reinterpret_cast<i32v>(v);
+  const i32v sign = (bits >> 16) & 0x8000;
+  const i32v magnitude = bits & 0x7fffffff;
+  const f32v absolute = reinterpret_cast<f32v>(magnitude);
+  // Normal halves: rebias, round to nearest even in integers. Subnormal ones: adding 0.5 rounds at 2^-24.
+  const i32v normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const i32v subnormal = reinterpret_cast<i32v>(absolute + 0.5f) - 0x3f000000;
+  i32v half = magnitude < (113 << 23) ? subnormal : normal;
+  half = magnitude >= (143 << 23) ? i32v{} + 0x7c00 : (half > 0x7c00 ? i32v{} + 0x7c00 : half);
+  half = v == v ? half : i32v{} + 0x7e00;
+  const u16v narrow = __builtin_convertvector(half | sign, u16v);
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
+#endif
+
+// ---- transposition -------------------------------------------------------------------------------------------------
+
+template <int... k>
+struct Lanes {};
+template <int n, int... k>
+struct CountLanes : CountLanes<n - 1, n - 1, k...> {};
+template <int... k>
+struct CountLanes<0, k...> {
+  using type = Lanes<k...>;
+};
+
+// Swaps the off-diagonal blocks of `distance` lanes between two rows of a square matrix.
+template <int distance, typename M, int... k>
+inline void swap_blocks(typename M::Value& upper, typename M::Value& lower, Lanes<k...>) {
+  const typename M::Value a = upper, b = lower;
+#if defined(__clang__)
+  upper = __builtin_shufflevector(a, b, (k & distance ? M::kLanes + k - distance : k)...);
+  lower = __builtin_shufflevector(a, b, (k & distance ? M::kLanes + k : k + distance)...);
+#else
+  upper = __builtin_shuffle(a, b, typename M::Mask{(k & distance ? M::kLanes + k - distance : k)...});
+  lower = __builtin_shuffle(a, b, typename M::Mask{(k & distance ? M::kLanes + k : k + distance)...});
+#endif
+}
+
+// Transposes a square of kLanes vectors in registers.
+template <typename M, int distance = M::kLanes / 2>
+inline void transpose(typename M::Value (&rows)[M::kLanes]) {
+  if constexpr (distance > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < M::kLanes; i++) {
+      if (!(i & distance)) {
+        swap_blocks<distance, M>(rows[i], rows[i + distance], typename CountLanes<M::kLanes>::type());
+      }
+    }
+    transpose<M, distance / 2>(rows);
+  }
+}
+
+}  // namespace LMF_ISA
+}  // namespace lmf

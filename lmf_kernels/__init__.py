@@ -1,0 +1,24 @@
+"""The LMF loss (alpha * LDAM + beta * focal, arXiv 2212.12741) as fused PyTorch kernels.
+
+    criterion = LMFLoss(class_counts(labels, num_classes))
+    loss = criterion(logits, target)
+
+LDAM, focal loss and cross-entropy are special cases of the same kernels.
+"""
+
+from .functional import lmf_loss
+from .margins import class_counts, effective_number_weights, inverse_frequency_weights, ldam_margins
+from .modules import FocalLoss, LDAMLoss, LMFLoss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FocalLoss",
+    "LDAMLoss",
+    "LMFLoss",
+    "class_counts",
+    "effective_number_weights",
+    "inverse_frequency_weights",
+    "ldam_margins",
+    "lmf_loss",
+]

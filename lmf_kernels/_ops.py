@@ -1,0 +1,242 @@
+"""The registered ops, the backend table and the one autograd Function.
+
+Every fused backend is a pair of ops with the same arguments, in `torch.ops.lmf_kernels`:
+
+    <backend>_forward(logits, target, margins, ...) -> (loss, stats, denominators)
+    <backend>_backward(grad_output, logits, target, stats, denominators, alpha, beta, s) -> grad_logits
+
+with stats (5, rows) = m, c1, c2, g1, g2 of reference.py's eq. 7 and denominators (2,) = [LDAM, focal] for 'mean', else
+empty. The raw ops are not differentiable; `fused_loss` is. The native ops are defined in csrc/lmf.cpp, the Triton ops
+here, so that they work without the extension.
+"""
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference import MEAN, NONE, reference_loss
+
+try:
+    from . import _C  # registers the native ops
+
+    native_error: ImportError | None = None
+except ImportError as error:
+    _C = None  # type: ignore[assignment]
+    native_error = error
+
+BACKENDS = ("auto", "triton", "native", "reference")
+
+_FORWARD_SCHEMA = (
+    "(Tensor logits, Tensor target, Tensor? margins, Tensor? ldam_weight, Tensor? focal_weight, "
+    "Tensor? ldam_normalizer, Tensor? focal_normalizer, float alpha, float beta, float gamma, float s, "
+    "int ignore_index, int reduction) -> (Tensor loss, Tensor stats, Tensor denominators)"
+)
+_BACKWARD_SCHEMA = (
+    "(Tensor grad_output, Tensor logits, Tensor target, Tensor stats, Tensor denominators, "
+    "float alpha, float beta, float s) -> Tensor"
+)
+
+
+def _triton_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from . import _triton  # imported at the first call: importing Triton takes most of a second
+
+    return _triton.forward(*args)
+
+
+def _triton_backward(*args: Any) -> Tensor:
+    from . import _triton
+
+    return _triton.backward(*args)
+
+
+_library = torch.library.Library("lmf_kernels", "FRAGMENT")
+_library.define("triton_forward" + _FORWARD_SCHEMA)
+_library.define("triton_backward" + _BACKWARD_SCHEMA)
+_library.impl("triton_forward", _triton_forward, "CompositeExplicitAutograd")
+_library.impl("triton_backward", _triton_backward, "CompositeExplicitAutograd")
+
+# Backend name -> its (forward, backward): the ops, for graphs, and the same by a shorter way, for eager mode.
+OPS = {"triton": (torch.ops.lmf_kernels.triton_forward.default, torch.ops.lmf_kernels.triton_backward.default)}
+EAGER = dict(OPS)
+if _C is not None:
+    OPS["native"] = (torch.ops.lmf_kernels.native_forward.default, torch.ops.lmf_kernels.native_backward.default)
+    EAGER["native"] = (_C.native_forward, _C.native_backward)
+
+
+def _fused(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    return (OPS if torch.compiler.is_compiling() else EAGER)[backend]
+
+
+def _fake_forward(logits: Tensor, target: Tensor, *tables_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    reduction = tables_and_options[-1]
+    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return (
+        logits.new_empty(target.shape if reduction == NONE else (), dtype=acc),
+        logits.new_empty((5, target.numel()), dtype=acc),
+        logits.new_empty((2 if reduction == MEAN else 0,), dtype=acc),
+    )
+
+
+def _fake_backward(grad_output: Tensor, logits: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(logits)
+
+
+for _backend in OPS:
+    torch.library.register_fake(f"lmf_kernels::{_backend}_forward", _fake_forward, lib=_library)
+    torch.library.register_fake(f"lmf_kernels::{_backend}_backward", _fake_backward, lib=_library)
+
+
+def available_backends(device: torch.device) -> tuple[str, ...]:
+    """The backends that can run on tensors of `device` in this installation, best first."""
+    found = []
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        found.append("triton")
+    if _C is not None and device.type in _C.devices():
+        found.append("native")
+    return (*found, "reference")
+
+
+_auto_choice: dict[str, str] = {}  # device type -> backend; what is installed does not change while we run
+
+
+def select_backend(backend: str, device: torch.device) -> str:
+    """Decides which backend computes the loss of tensors on `device`; the one place that does.
+
+    "auto" takes Triton on CUDA and ROCm tensors, else the native kernels, else (with one warning) the reference.
+    Devices that no fused kernel knows (MPS, XPU, meta) use the reference without a warning. An explicit "triton" does
+    not look at the device, so that Triton's interpreter can run on CPU tensors.
+
+    Raises:
+        RuntimeError: a backend that is not there, with what is missing and how to get it.
+    """
+    if backend == "auto":
+        choice = _auto_choice.get(device.type)
+        if choice is None:
+            choice = _auto_choice[device.type] = available_backends(device)[0]
+            if choice == "reference" and device.type in ("cpu", "cuda"):
+                warnings.warn(
+                    f"lmf_kernels uses its slow eager reference on {device.type}: {_missing(device)}", stacklevel=4
+                )
+        return choice
+    if backend == "native":
+        if _C is None or device.type not in _C.devices():
+            raise RuntimeError(f'backend="native" is not available for {device.type} tensors: {_missing(device)}')
+    elif backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            raise RuntimeError('backend="triton" is not available: the package triton is missing (pip install triton)')
+    return backend
+
+
+def _missing(device: torch.device) -> str:
+    if native_error is not None:
+        return (
+            f"the compiled extension lmf_kernels._C could not be imported ({native_error}); "
+            "install a C++ compiler and reinstall lmf_kernels"
+        )
+    if device.type == "cuda":
+        return "the extension was built without CUDA; install triton, or the CUDA toolkit and reinstall lmf_kernels"
+    return "there are no native kernels for this device"
+
+
+class _FusedLoss(torch.autograd.Function):
+    """The loss of a fused backend, differentiable in the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, *arguments: Any) -> Tensor:
+        loss, stats, denominators = _fused(backend)[0](*arguments)
+        _save(ctx, backend, arguments, stats, denominators)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * 14
+        logits, target, stats, denominators = ctx.saved_tensors
+        alpha, beta, _, s, _, _ = ctx.options
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if ctx.versions != _versions(ctx.tables):
+                raise RuntimeError(
+                    "margins, class weights or normalizer were modified in place between forward and a backward with "
+                    "create_graph=True; modify them after it"
+                )
+            grad = _FusedGrad.apply(
+                ctx.backend, grad_output, logits, target, stats, denominators, *ctx.tables, *ctx.options
+            )
+        else:
+            grad = _fused(ctx.backend)[1](grad_output, logits, target, stats, denominators, alpha, beta, s)
+        return (None, grad, *(None,) * 12)
+
+
+class _TransformableLoss(_FusedLoss):
+    """The same in the form that torch.func's transforms ask for, which costs 25 us more a call."""
+
+    @staticmethod
+    def forward(backend: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        return _fused(backend)[0](*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        _, stats, denominators = output
+        ctx.mark_non_differentiable(stats, denominators)
+        ctx.set_materialize_grads(False)
+        _save(ctx, inputs[0], inputs[1:], stats, denominators)
+
+
+def _save(ctx: Any, backend: str, arguments: tuple[Any, ...], stats: Tensor, denominators: Tensor) -> None:
+    ctx.save_for_backward(arguments[0], arguments[1], stats, denominators)
+    # Only double backward needs the tables again. Saving them the usual way would forbid set_weight() between
+    # forward and backward, which does not touch the first derivative.
+    ctx.tables = arguments[2:7]
+    ctx.versions = _versions(ctx.tables)
+    ctx.options = arguments[7:]
+    ctx.backend = backend
+
+
+class _FusedGrad(torch.autograd.Function):
+    """The fused backward as a differentiable step: its own derivative is the reference's vector-Jacobian product."""
+
+    @staticmethod
+    def forward(
+        backend: str,
+        grad_output: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        stats: Tensor,
+        denominators: Tensor,
+        *tables_and_options: Any,
+    ) -> Tensor:
+        alpha, beta, _, s, _, _ = tables_and_options[5:]
+        return _fused(backend)[1](grad_output, logits, target, stats, denominators, alpha, beta, s)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, grad_output, logits, target, *_ = inputs
+        ctx.save_for_backward(grad_output, logits, target)
+        ctx.tables_and_options = inputs[6:]
+
+    @staticmethod
+    def backward(ctx: Any, grad_grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_output, logits, target = ctx.saved_tensors
+
+        def first_derivative(grad_output: Tensor, logits: Tensor) -> Tensor:
+            _, pull_back = torch.func.vjp(lambda z: reference_loss(z, target, *ctx.tables_and_options), logits)
+            return pull_back(grad_output)[0]
+
+        _, pull_back = torch.func.vjp(first_derivative, grad_output, logits)
+        d_grad_output, d_logits = pull_back(grad_grad)
+        return (None, d_grad_output, d_logits, *(None,) * 14)
+
+
+def _versions(tables: tuple[Tensor | None, ...]) -> list[int]:
+    return [-1 if table is None else table._version for table in tables]
+
+
+def fused_loss(backend: str, logits: Tensor, *arguments: Any) -> Tensor:
+    """The differentiable loss of a fused backend; the arguments after `backend` are those of its forward op."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _TransformableLoss.apply(backend, logits, *arguments)[0]
+    return _FusedLoss.apply(backend, logits, *arguments)

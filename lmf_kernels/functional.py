@@ -1,0 +1,236 @@
+"""`lmf_loss`: validation and dispatch."""
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ._ops import BACKENDS, fused_loss, select_backend
+from .reference import MEAN, NONE, SUM, reference_loss
+
+_REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
+_FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+Normalizer = float | Tensor | Sequence[float | Tensor]
+
+
+def lmf_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    margins: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    gamma: float = 1.5,
+    s: float = 30.0,
+    weight: Tensor | None = None,
+    ldam_weight: Tensor | None = None,
+    focal_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    normalizer: Normalizer | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""The LMF loss, alpha * LDAM + beta * focal, in one fused forward and one fused backward kernel.
+
+    For logits z of one sample with target y, p = softmax(z) and margin D = margins[y]::
+
+        LDAM  = -log( exp(s (z_y - D)) / (exp(s (z_y - D)) + sum_{j != y} exp(s z_j)) )
+        focal = (1 - p_y)^gamma * (-log p_y)
+        loss  = alpha * ldam_weight[y] * LDAM + beta * focal_weight[y] * focal
+
+    Special cases: `alpha=0, gamma=0` or `beta=0, s=1` without margins is cross-entropy, `alpha=0` focal loss, `beta=0`
+    LDAM. Loss and gradient keep their relative precision for confident rows, where the formulas above, computed as
+    written, return 0 or NaN.
+
+    Args:
+        input: unnormalised logits, (C,), (N, C) or (N, C, d1, ..., dk), in float16, bfloat16, float32 or float64, of any
+            strides; only dimensions d1..dk that do not collapse into one stride are copied first. Never overwritten.
+        target: class indices, (), (N,) or (N, d1, ..., dk), int64 (uint8 is converted by one more kernel launch).
+        margins: (C,), the margin of each class, may be negative; None is zeros. See `ldam_margins`.
+        alpha: weight of the LDAM term, finite, >= 0.
+        beta: weight of the focal term, finite, >= 0.
+        gamma: focal exponent, finite, >= 0.
+        s: scale of the logits in the LDAM term, finite, > 0. 30 assumes a normalised (cosine) classifier; with 1 the
+            LDAM term is the paper's equation 2 to the letter.
+        weight: (C,), class weights of both terms; None is ones.
+        ldam_weight: (C,), class weights of the LDAM term alone; not together with `weight`.
+        focal_weight: (C,), class weights of the focal term alone; not together with `weight`.
+        ignore_index: rows with this target have loss 0 and gradient 0 and are not counted; it may lie in [0, C).
+        reduction: 'none' keeps the target's shape; 'sum' adds the kept rows; 'mean' divides the LDAM sum by the sum of
+            ldam_weight[y] over kept rows (as F.cross_entropy) and the focal sum by the number of kept rows.
+        normalizer: replaces the denominators of 'mean': a number > 0, a 0-dim tensor (read on the device), or a pair of
+            these for LDAM and focal. For gradient accumulation and global means over data-parallel ranks.
+        backend: 'auto', 'triton', 'native' (compiled C++ or CUDA) or 'reference' (eager PyTorch). 'auto' is Triton on GPU
+            tensors, else native, else the reference.
+
+    Returns:
+        The loss: float64 for float64 logits, else float32 (also for half logits). 'mean' without a kept row is NaN,
+        with gradient 0. The gradient has the input's dtype and layout.
+
+    Raises:
+        ValueError: shapes, ranges, unknown options, `weight` with `ldam_weight` or `focal_weight`, a table that
+            requires grad.
+        TypeError: dtypes.
+        IndexError: a label outside [0, C) that is not `ignore_index`, on the CPU. On a GPU, and from Triton anywhere,
+            that row's loss and gradient are NaN instead.
+        RuntimeError: tensors on different devices, or a backend that is not there.
+
+    Source: arXiv 2212.12741, eq. 1 to 3; LDAM: arXiv 1906.07413; focal loss: arXiv 1708.02002.
+
+    Example:
+        >>> logits = torch.randn(8, 3, requires_grad=True)
+        >>> target = torch.randint(0, 3, (8,))
+        >>> loss = lmf_loss(logits, target, margins=ldam_margins([500, 80, 9]))
+        >>> loss.backward()
+    """
+    reduction_code = check_options(alpha, beta, gamma, s, ignore_index, reduction, backend)
+    logits, target = _check_input_and_target(input, target)
+    num_classes = logits.shape[1]
+    if weight is not None:
+        if ldam_weight is not None or focal_weight is not None:
+            raise ValueError("give weight, or ldam_weight and focal_weight, not both: weight sets both terms' weights")
+        check_table("weight", weight, num_classes, input.device)
+        ldam_weight = focal_weight = weight
+    else:
+        if ldam_weight is not None:
+            check_table("ldam_weight", ldam_weight, num_classes, input.device)
+        if focal_weight is not None:
+            check_table("focal_weight", focal_weight, num_classes, input.device)
+    if margins is not None:
+        check_table("margins", margins, num_classes, input.device)
+    ldam_normalizer = focal_normalizer = None
+    if normalizer is not None:
+        if reduction_code != MEAN:
+            raise ValueError(f"normalizer replaces the denominators of reduction='mean', got reduction={reduction!r}")
+        ldam, focal = _check_normalizer(normalizer, input.device)
+        if isinstance(ldam, Tensor) or isinstance(focal, Tensor):
+            ldam_normalizer, focal_normalizer = (
+                n if isinstance(n, Tensor) else torch.full((), n, device=input.device) for n in (ldam, focal)
+            )
+        else:  # numbers need no tensor: the mean is a sum with other coefficients
+            alpha, beta, reduction_code = alpha / ldam, beta / focal, SUM
+
+    arguments = (
+        logits, target, margins, ldam_weight, focal_weight, ldam_normalizer, focal_normalizer,
+        float(alpha), float(beta), float(gamma), float(s), ignore_index, reduction_code,
+    )  # fmt: skip
+    chosen = select_backend(backend, input.device)
+    if chosen == "reference":
+        _check_labels(target, num_classes, ignore_index)
+        loss = reference_loss(*arguments)
+    else:
+        loss = fused_loss(chosen, *arguments)
+    return loss.reshape(()) if input.dim() == 1 else loss
+
+
+def check_options(
+    alpha: float, beta: float, gamma: float, s: float, ignore_index: int, reduction: str, backend: str
+) -> int:
+    """Checks the options that need no tensor; returns the code of `reduction`."""
+    for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma), ("s", s)):
+        if not isinstance(value, (float, int, numbers.Real)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and {'>' if name == 's' else '>='} 0, got {value}")
+    if s == 0:
+        raise ValueError(f"s must be finite and > 0, got {s}")
+    if type(ignore_index) is not int:
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    return _REDUCTIONS[reduction]
+
+
+def _check_input_and_target(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The checked logits (N, C, ...) and target (N, ...), int64."""
+    for name, tensor in (("input", input), ("target", target)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if input.dtype not in _FLOATING:
+        raise TypeError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
+    if target.dtype != torch.int64:
+        if target.dtype != torch.uint8:
+            _refuse_target_dtype(target.dtype)
+        target = target.long()
+    if input.dim() == 0:
+        raise ValueError("input must have shape (C,), (N, C) or (N, C, d1, ..., dk), got a 0-dim tensor")
+    if input.dim() == 1:
+        input, target_shape = input.unsqueeze(0), input.shape[:0]
+    else:
+        target_shape = input.shape[:1] + input.shape[2:]
+    if target.shape != target_shape:
+        raise ValueError(
+            f"target must have shape {tuple(target_shape)} for input of shape "
+            f"{tuple(input.shape if target_shape else input.shape[1:])}, got {tuple(target.shape)}"
+        )
+    if input.shape[1] == 0:
+        raise ValueError(f"input must have at least one class, got shape {tuple(input.shape)}")
+    if target.device != input.device:
+        raise RuntimeError(f"target must be on input's device {input.device}, got {target.device}")
+    return input, target if target_shape else target.unsqueeze(0)
+
+
+def _refuse_target_dtype(dtype: torch.dtype) -> NoReturn:
+    if dtype.is_floating_point:
+        raise TypeError(
+            f"target must be int64 class indices, got {dtype}: class probabilities (soft labels, mixup) are not supported"
+        )
+    raise TypeError(f"target must be int64 class indices, got {dtype}: convert it with target.long()")
+
+
+def check_table(name: str, table: Tensor, num_classes: int, device: torch.device | None = None) -> None:
+    """Checks margins or class weights: a floating tensor (C,) without grad, on `device` if one is given."""
+    if not isinstance(table, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape ({num_classes},), got {type(table).__name__}")
+    if table.shape != (num_classes,):
+        raise ValueError(f"{name} must have shape ({num_classes},), one value a class, got {tuple(table.shape)}")
+    if table.dtype not in _FLOATING:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {table.dtype}")
+    if device is not None and table.device != device:
+        raise RuntimeError(f"{name} must be on input's device {device}, got {table.device}")
+    if table.requires_grad:
+        raise ValueError(f"{name} must not require grad (no gradient is computed for it); detach it")
+
+
+def _check_normalizer(normalizer: Normalizer, device: torch.device) -> tuple[float | Tensor, float | Tensor]:
+    """The pair of denominators (LDAM, focal), each a number > 0 or a floating 0-dim tensor."""
+    pair = normalizer if isinstance(normalizer, (tuple, list)) else (normalizer, normalizer)
+    if len(pair) != 2:
+        raise ValueError(f"normalizer must be one value or a pair (LDAM, focal), got {len(pair)} values")
+    checked = []
+    for value in pair:
+        if isinstance(value, Tensor):
+            if value.dim() != 0:
+                raise ValueError(f"normalizer tensors must be 0-dim, got shape {tuple(value.shape)}")
+            if value.device != device:
+                raise RuntimeError(f"normalizer must be on input's device {device}, got {value.device}")
+            if value.requires_grad:
+                raise ValueError("normalizer must not require grad (no gradient is computed for it); detach it")
+            checked.append(value if value.dtype in _FLOATING else value.float())
+        elif isinstance(value, (float, int, numbers.Real)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"normalizer must be finite and > 0, got {value}")
+            checked.append(value)
+        else:
+            raise TypeError(
+                f"normalizer must be a number, a 0-dim tensor or a pair of them, got {type(value).__name__}"
+            )
+    return checked[0], checked[1]
+
+
+def _check_labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raises IndexError for a bad label where looking costs no synchronisation: plain CPU tensors in eager mode."""
+    if target.device.type != "cpu" or type(target) is not Tensor or torch.compiler.is_compiling():
+        return
+    bad = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
+    if bad.any():
+        raise IndexError(
+            f"target {int(target[bad][0])} is out of bounds: labels must lie in [0, {num_classes}) "
+            f"or equal ignore_index={ignore_index}"
+        )

@@ -1,0 +1,122 @@
+"""From labels to class counts, and from class counts to margins and class weights."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def class_counts(labels: Any, num_classes: int) -> Tensor:
+    """Counts the samples of each class: n_j = #{i : labels[i] = j}.
+
+    Args:
+        labels: class indices as a tensor, array, list, or a dataset that holds them as `.targets`.
+        num_classes: C, at least 1; classes without a sample count 0.
+
+    Returns:
+        The counts, shape (C,), int64, on the CPU.
+
+    Raises:
+        TypeError: the labels are not integers.
+        ValueError: a label lies outside [0, C), or `num_classes` is below 1.
+    """
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    labels = getattr(labels, "targets", labels)
+    if not isinstance(labels, Tensor):
+        labels = torch.as_tensor(labels)
+    if labels.numel() == 0:
+        return torch.zeros(num_classes, dtype=torch.int64)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integer class indices, got dtype {labels.dtype}")
+    labels = labels.detach().cpu().reshape(-1).long()
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"labels must lie in [0, {num_classes}) for num_classes={num_classes}, got {low if low < 0 else high}"
+        )
+    return torch.bincount(labels, minlength=num_classes)
+
+
+def ldam_margins(cls_num_list: Sequence[int] | Tensor, max_m: float = 0.5) -> Tensor:
+    """LDAM's label-distribution-aware margins: D_j = max_m * n_j^(-1/4) / max_k n_k^(-1/4).
+
+    The rarest class gets the margin `max_m`. Source: Cao et al. 2019, "Learning Imbalanced Datasets with
+    Label-Distribution-Aware Margin Loss", arXiv 1906.07413.
+
+    Args:
+        cls_num_list: training samples per class, n_j >= 1, shape (C,).
+        max_m: the largest margin, in units of logits, finite.
+
+    Returns:
+        The margins, shape (C,), in torch's default dtype.
+
+    Raises:
+        TypeError, ValueError: a count is not a number of at least 1 (the message names the class).
+    """
+    if not math.isfinite(max_m):
+        raise ValueError(f"max_m must be finite, got {max_m}")
+    rarity = _counts(cls_num_list) ** -0.25
+    return (max_m * rarity / rarity.max()).to(torch.get_default_dtype())
+
+
+def effective_number_weights(cls_num_list: Sequence[int] | Tensor, beta: float = 0.9999) -> Tensor:
+    """Class-balanced weights from effective numbers: w_j ~ (1 - beta) / (1 - beta^n_j), with sum C.
+
+    Source: Cui et al. 2019, "Class-Balanced Loss Based on Effective Number of Samples", arXiv 1901.05555; LDAM-DRW
+    applies them late in training. beta = 0 gives ones.
+
+    Args:
+        cls_num_list: training samples per class, n_j >= 1, shape (C,).
+        beta: in [0, 1).
+
+    Returns:
+        The weights, shape (C,), in torch's default dtype.
+
+    Raises:
+        TypeError, ValueError: a count below 1 (the message names the class), or `beta` outside [0, 1).
+    """
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta must lie in [0, 1), got {beta}")
+    counts = _counts(cls_num_list)
+    if beta == 0:
+        return torch.ones(len(counts))
+    # 1 - beta^n without cancellation for beta near 1.
+    weights = 1.0 / -torch.expm1(counts * math.log(beta))
+    return (weights * (len(weights) / weights.sum())).to(torch.get_default_dtype())
+
+
+def inverse_frequency_weights(cls_num_list: Sequence[int] | Tensor) -> Tensor:
+    """Weights that fall linearly with the class frequency: w_j = (1 - n_j / sum_k n_k) / (C - 1), with sum 1.
+
+    Source: the weighted cross-entropy of the LMF paper's official code.
+
+    Args:
+        cls_num_list: training samples per class, n_j >= 1, shape (C,), C >= 2.
+
+    Returns:
+        The weights, shape (C,), in torch's default dtype.
+
+    Raises:
+        TypeError, ValueError: a count below 1 (the message names the class), or fewer than two classes.
+    """
+    counts = _counts(cls_num_list)
+    if len(counts) < 2:
+        raise ValueError(f"inverse_frequency_weights needs at least 2 classes in cls_num_list, got {len(counts)}")
+    return ((1.0 - counts / counts.sum()) / (len(counts) - 1)).to(torch.get_default_dtype())
+
+
+def _counts(cls_num_list: Sequence[int] | Tensor) -> Tensor:
+    """The checked counts as a float64 CPU tensor, (C,)."""
+    try:
+        counts = torch.as_tensor(cls_num_list).detach().cpu().to(torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"cls_num_list must be a sequence of class counts, got {cls_num_list!r}") from error
+    if counts.dim() != 1 or len(counts) == 0:
+        raise ValueError(f"cls_num_list must hold one count a class, shape (C,), got shape {tuple(counts.shape)}")
+    for index, count in enumerate(counts.tolist()):
+        if not 1 <= count < float("inf"):
+            raise ValueError(f"cls_num_list must hold counts >= 1, got {count:g} for class {index}")
+    return counts

@@ -1,0 +1,287 @@
+"""`LMFLoss`, `LDAMLoss` and `FocalLoss`: modules over `lmf_loss`."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .functional import Normalizer, check_options, check_table, lmf_loss
+from .margins import ldam_margins
+
+
+class _Loss(nn.Module):
+    """What the three losses share: options as attributes, margins and class weights as buffers."""
+
+    margins: Tensor | None
+    ldam_weight: Tensor | None
+    focal_weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        margins: Tensor | None,
+        ldam_weight: Tensor | None,
+        focal_weight: Tensor | None,
+        alpha: float,
+        beta: float,
+        gamma: float,
+        s: float,
+        ignore_index: int,
+        reduction: str,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        check_options(alpha, beta, gamma, s, ignore_index, reduction, backend)
+        self.register_buffer("margins", margins)
+        self.register_buffer("ldam_weight", ldam_weight)
+        self.register_buffer("focal_weight", focal_weight)
+        self.alpha = alpha
+        self.beta = beta
+        self.gamma = gamma
+        self.s = s
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.backend = backend
+
+    def forward(self, input: Tensor, target: Tensor, normalizer: Normalizer | None = None) -> Tensor:
+        """The loss of logits `input` (N, C, ...) and labels `target` (N, ...); see `lmf_loss`."""
+        buffers = self._buffers  # three times quicker than the attributes, which matters for small batches
+        return lmf_loss(
+            input,
+            target,
+            margins=buffers["margins"],
+            alpha=self.alpha,
+            beta=self.beta,
+            gamma=self.gamma,
+            s=self.s,
+            ldam_weight=buffers["ldam_weight"],
+            focal_weight=buffers["focal_weight"],
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            normalizer=normalizer,
+            backend=self.backend,
+        )
+
+    @torch.no_grad()
+    def set_weight(self, weight: Tensor) -> None:
+        """Copies class weights, (C,), in place into every term's weights.
+
+        In place, so that a schedule (LDAM's deferred re-weighting) needs no recompilation under torch.compile and no
+        new capture of a CUDA graph.
+
+        Raises:
+            RuntimeError: the loss was built without class weights (FocalLoss alone, which does not know C).
+            TypeError, ValueError: not a tensor of shape (C,).
+        """
+        buffers = [buffer for buffer in (self.ldam_weight, self.focal_weight) if buffer is not None]
+        if not buffers:
+            raise RuntimeError("set_weight needs a loss built with weight=; start with weight=torch.ones(C)")
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight must be a tensor of shape (C,), got {type(weight).__name__}")
+        if weight.shape != buffers[0].shape:
+            raise ValueError(f"weight must have shape {tuple(buffers[0].shape)}, got {tuple(weight.shape)}")
+        for buffer in buffers:
+            buffer.copy_(weight)
+
+    def extra_repr(self) -> str:
+        options = [f"alpha={self.alpha:g}", f"beta={self.beta:g}"]
+        if self.beta:
+            options.append(f"gamma={self.gamma:g}")
+        if self.alpha:
+            options.append(f"s={self.s:g}")
+        if self.margins is not None:
+            options.insert(0, f"classes={len(self.margins)}")
+        return ", ".join([*options, f"reduction={self.reduction!r}", f"backend={self.backend!r}"])
+
+
+class LMFLoss(_Loss):
+    r"""The LMF loss, a drop-in for `nn.CrossEntropyLoss` on imbalanced data: alpha * LDAM + beta * focal.
+
+    For logits z of one sample with target y, p = softmax(z), and margins D from the class counts n::
+
+        D_j   = max_m * n_j^(-1/4) / max_k n_k^(-1/4)
+        LDAM  = -log( exp(s (z_y - D_y)) / (exp(s (z_y - D_y)) + sum_{j != y} exp(s z_j)) )
+        focal = (1 - p_y)^gamma * (-log p_y)
+        loss  = alpha * ldam_weight[y] * LDAM + beta * focal_weight[y] * focal
+
+    computed by one fused forward and one fused backward kernel.
+
+    The defaults are the paper's (alpha = beta = 1, gamma 1.5) and LDAM's (max_m 0.5, s 30). s = 30 assumes the
+    normalised (cosine) classifier of LDAM-DRW, whose logits lie in [-1, 1]; after a plain linear layer a smaller
+    scale is usually better, and s = 1 is the paper's equation 2 to the letter.
+
+    Args:
+        cls_num_list: training samples per class, each >= 1, length C; see `class_counts`.
+        alpha: weight of the LDAM term, finite, >= 0.
+        beta: weight of the focal term, finite, >= 0.
+        gamma: focal exponent, finite, >= 0.
+        max_m: the margin of the rarest class, in units of logits.
+        s: scale of the logits in the LDAM term, finite, > 0.
+        weight: (C,), class weights of both terms; None is ones.
+        ldam_weight: (C,), class weights of the LDAM term alone; not together with `weight`.
+        focal_weight: (C,), class weights of the focal term alone; not together with `weight`.
+        ignore_index: samples with this target have loss 0 and gradient 0 and are not counted.
+        reduction: 'none', 'sum' or 'mean' (LDAM: weighted mean as in F.cross_entropy; focal: mean over kept samples).
+        backend: 'auto', 'triton', 'native' or 'reference'; see `lmf_loss`.
+
+    Attributes:
+        margins, ldam_weight, focal_weight: buffers of shape (C,); `set_weight` changes the weights in place.
+
+    Shape:
+        input: logits (C,), (N, C) or (N, C, d1, ..., dk) in float16, bfloat16, float32 or float64.
+        target: class indices (), (N,) or (N, d1, ..., dk), int64.
+        normalizer: optional third argument; replaces the denominators of 'mean' (see `lmf_loss`).
+        output: 0-dim, or the target's shape for 'none'; float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: a count below 1 (naming the class), an option out of range, `weight` with `ldam_weight` or
+            `focal_weight`, shapes that do not fit.
+        TypeError: wrong dtypes.
+
+    Source: arXiv 2212.12741 (LMF), arXiv 1906.07413 (LDAM), arXiv 1708.02002 (focal loss).
+
+    Example:
+        >>> criterion = LMFLoss([4693, 779, 769, 360, 229, 100, 81])
+        >>> loss = criterion(torch.randn(16, 7, requires_grad=True), torch.randint(0, 7, (16,)))
+        >>> loss.backward()
+    """
+
+    def __init__(
+        self,
+        cls_num_list: Sequence[int] | Tensor,
+        *,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        gamma: float = 1.5,
+        max_m: float = 0.5,
+        s: float = 30.0,
+        weight: Tensor | None = None,
+        ldam_weight: Tensor | None = None,
+        focal_weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        margins = ldam_margins(cls_num_list, max_m)
+        if weight is not None:
+            if ldam_weight is not None or focal_weight is not None:
+                raise ValueError(
+                    "give weight, or ldam_weight and focal_weight, not both: weight sets both terms' weights"
+                )
+            check_table("weight", weight, len(margins))
+            ldam_weight = focal_weight = weight
+        super().__init__(
+            margins=margins,
+            ldam_weight=_own_weights("ldam_weight", ldam_weight, len(margins)),
+            focal_weight=_own_weights("focal_weight", focal_weight, len(margins)),
+            alpha=alpha,
+            beta=beta,
+            gamma=gamma,
+            s=s,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            backend=backend,
+        )
+
+
+class LDAMLoss(_Loss):
+    r"""The LDAM loss: cross-entropy of scaled logits with a margin that is larger for rarer classes.
+
+    For logits z of one sample with target y and margins D from the class counts n::
+
+        D_j  = max_m * n_j^(-1/4) / max_k n_k^(-1/4)
+        loss = -weight[y] * log( exp(s (z_y - D_y)) / (exp(s (z_y - D_y)) + sum_{j != y} exp(s z_j)) )
+
+    `LMFLoss` with beta = 0: one exponential a logit. The arguments, shapes, dtypes and errors are those of `LMFLoss`;
+    `set_weight` serves deferred re-weighting. s = 30 assumes a normalised (cosine) classifier.
+
+    Args:
+        cls_num_list: training samples per class, each >= 1, length C.
+        max_m: the margin of the rarest class, in units of logits.
+        s: scale of the logits, finite, > 0.
+        weight: (C,), class weights; None is ones.
+        ignore_index: samples with this target have loss 0 and gradient 0 and are not counted.
+        reduction: 'none', 'sum' or 'mean' (weighted mean, as in F.cross_entropy).
+        backend: 'auto', 'triton', 'native' or 'reference'.
+
+    Raises:
+        ValueError, TypeError: as `LMFLoss`.
+
+    Source: Cao et al. 2019, arXiv 1906.07413.
+    """
+
+    def __init__(
+        self,
+        cls_num_list: Sequence[int] | Tensor,
+        *,
+        max_m: float = 0.5,
+        s: float = 30.0,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        margins = ldam_margins(cls_num_list, max_m)
+        super().__init__(
+            margins=margins,
+            ldam_weight=_own_weights("weight", weight, len(margins)),
+            focal_weight=None,
+            alpha=1.0,
+            beta=0.0,
+            gamma=0.0,
+            s=s,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            backend=backend,
+        )
+
+
+class FocalLoss(_Loss):
+    r"""The multi-class focal loss on softmax probabilities: loss = -weight[y] * (1 - p_y)^gamma * log p_y.
+
+    p = softmax(z) is never weighted. `LMFLoss` with alpha = 0: one exponential a logit, and exact gradients for
+    confident samples and for gamma < 1, where (1 - p)^(gamma - 1) would be NaN. The shapes, dtypes and errors are
+    those of `LMFLoss`.
+
+    Args:
+        gamma: focal exponent, finite, >= 0; 0 is cross-entropy.
+        weight: (C,), class weights; None is ones (and leaves nothing for `set_weight` to change).
+        ignore_index: samples with this target have loss 0 and gradient 0 and are not counted.
+        reduction: 'none', 'sum' or 'mean' (over the number of kept samples, also with weights).
+        backend: 'auto', 'triton', 'native' or 'reference'.
+
+    Raises:
+        ValueError, TypeError: as `LMFLoss`.
+
+    Source: Lin et al. 2017, arXiv 1708.02002.
+    """
+
+    def __init__(
+        self,
+        *,
+        gamma: float = 1.5,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            margins=None,
+            ldam_weight=None,
+            focal_weight=None if weight is None else _own_weights("weight", weight, len(weight)),
+            alpha=0.0,
+            beta=1.0,
+            gamma=gamma,
+            s=1.0,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            backend=backend,
+        )
+
+
+def _own_weights(name: str, weight: Tensor | None, num_classes: int) -> Tensor:
+    """A private copy of the checked weights, so that set_weight() changes no tensor of the caller."""
+    if weight is None:
+        return torch.ones(num_classes)
+    check_table(name, weight, num_classes)
+    return weight.clone()
