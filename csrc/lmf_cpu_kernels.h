@@ -30,6 +30,9 @@ struct Exponentials {
 inline bool use_row_walk(const Problem& p) { return p.strides.classes == 1 && p.classes > kTileMostContiguousClasses; }
 
 template <typename A>
+using Scale = typename VectorMath<A>::Scale;
+
+template <typename A>
 constexpr A infinity() {
   return std::numeric_limits<A>::infinity();
 }
@@ -55,27 +58,27 @@ struct Sums {
   using V = typename M::Value;
   V t1 = M::of(0), t2 = M::of(0);
 
-  inline void add(V d, typename M::Scalar s) {
+  inline void add(V d, typename M::Scale s) {
     if (both) {
       t1 += M::exp(d);
-      t2 += M::exp(s * d);
+      t2 += M::exp(d, s);
     } else {
-      t1 += M::exp(s * d);
+      t1 += M::exp(d, s);
     }
   }
-  inline void rescale(V change, typename M::Scalar s) {
+  inline void rescale(V change, typename M::Scale s) {
     if (both) {
       t1 *= M::exp(change);
-      t2 *= M::exp(s * change);
+      t2 *= M::exp(change, s);
     } else {
-      t1 *= M::exp(s * change);
+      t1 *= M::exp(change, s);
     }
   }
 };
 
 // The tile walk: `count` rows from `row`, which one stride connects; a lane a row.
 template <typename T, typename A, bool both>
-void tile_statistics(const ForwardArguments& p, A s, int64_t row, int64_t count, A* staged, Rows<A>& rows) {
+void tile_statistics(const ForwardArguments& p, Scale<A> s, int64_t row, int64_t count, A* staged, Rows<A>& rows) {
   using M = VectorMath<A>;
   using V = typename M::Value;
   const Tile<const T> tile(static_cast<const T*>(p.logits), p.logits_end, p.strides, p, row, count);
@@ -110,7 +113,7 @@ void tile_statistics(const ForwardArguments& p, A s, int64_t row, int64_t count,
 
 // The row walk: one row of neighbouring classes; a lane a class.
 template <typename T, typename A, bool both>
-void row_statistics(const ForwardArguments& p, A s, int64_t row, int64_t lane, A* staged, Rows<A>& rows) {
+void row_statistics(const ForwardArguments& p, Scale<A> s, int64_t row, int64_t lane, A* staged, Rows<A>& rows) {
   using M = VectorMath<A>;
   using V = typename M::Value;
   constexpr int kLanes = M::kLanes, kUnroll = 4;
@@ -228,7 +231,7 @@ void read_labels(const ForwardArguments& p, int64_t row, int64_t count, Rows<A>&
 }
 
 template <typename T, typename A, bool both>
-void forward_rows(const ForwardArguments& p, A scale, int64_t begin, int64_t end, Partial& partial) {
+void forward_rows(const ForwardArguments& p, Scale<A> scale, int64_t begin, int64_t end, Partial& partial) {
   const Options<A> options = {A(p.alpha), A(p.beta), A(p.gamma), A(p.s)};
   const bool row_walk = use_row_walk(p);
   alignas(64) A staged[kTileRows * kTileClasses];
@@ -257,9 +260,9 @@ void forward(const ForwardArguments& p, int64_t begin, int64_t end, Partial& par
   const FlushSubnormals flush;
   const Exponentials exponentials(p);
   if (exponentials.both) {
-    forward_rows<T, A, true>(p, A(p.s), begin, end, partial);
+    forward_rows<T, A, true>(p, Scale<A>(A(p.s)), begin, end, partial);
   } else {
-    forward_rows<T, A, false>(p, A(exponentials.scale), begin, end, partial);
+    forward_rows<T, A, false>(p, Scale<A>(A(exponentials.scale)), begin, end, partial);
   }
 }
 
@@ -294,12 +297,13 @@ void read_coefficients(const BackwardArguments& p, int64_t row, int64_t count, C
 // The gradient at a competitor. At the target, where d may be positive, it is meaningless and overwritten.
 template <typename M, bool both>
 inline typename M::Value competitor_gradient(typename M::Value d, typename M::Value rc1, typename M::Value rc2,
-                                             typename M::Scalar s) {
-  return both ? rc1 * M::exp(d) + rc2 * M::exp(s * d) : rc1 * M::exp(s * d);
+                                             typename M::Scale s) {
+  return both ? rc1 * M::exp(d) + rc2 * M::exp(d, s) : rc1 * M::exp(d, s);
 }
 
 template <typename T, typename A, bool both>
-void tile_gradient(const BackwardArguments& p, A s, int64_t row, int64_t count, A* staged, const Coefficients<A>& c) {
+void tile_gradient(const BackwardArguments& p, Scale<A> s, int64_t row, int64_t count, A* staged,
+                   const Coefficients<A>& c) {
   using M = VectorMath<A>;
   using V = typename M::Value;
   const Tile<const T> logits(static_cast<const T*>(p.logits), p.logits_end, p.strides, p, row, count);
@@ -325,7 +329,7 @@ void tile_gradient(const BackwardArguments& p, A s, int64_t row, int64_t count, 
 }
 
 template <typename T, typename A, bool both>
-void row_gradient(const BackwardArguments& p, A s, int64_t row, int64_t lane, const Coefficients<A>& c) {
+void row_gradient(const BackwardArguments& p, Scale<A> s, int64_t row, int64_t lane, const Coefficients<A>& c) {
   using M = VectorMath<A>;
   using V = typename M::Value;
   constexpr int kLanes = M::kLanes;
@@ -348,7 +352,7 @@ void row_gradient(const BackwardArguments& p, A s, int64_t row, int64_t lane, co
 }
 
 template <typename T, typename A, bool both>
-void backward_rows(const BackwardArguments& p, A scale, int64_t begin, int64_t end) {
+void backward_rows(const BackwardArguments& p, Scale<A> scale, int64_t begin, int64_t end) {
   const bool row_walk = use_row_walk(p) && p.grad_strides.classes == 1;
   alignas(64) A staged[kTileRows * kTileClasses];
   Coefficients<A> coefficients = {};
@@ -371,9 +375,9 @@ void backward(const BackwardArguments& p, int64_t begin, int64_t end) {
   const FlushSubnormals flush;
   const Exponentials exponentials(p);
   if (exponentials.both) {
-    backward_rows<T, A, true>(p, A(p.s), begin, end);
+    backward_rows<T, A, true>(p, Scale<A>(A(p.s)), begin, end);
   } else {
-    backward_rows<T, A, false>(p, A(exponentials.scale), begin, end);
+    backward_rows<T, A, false>(p, Scale<A>(A(exponentials.scale)), begin, end);
   }
 }
 

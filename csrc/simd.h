@@ -75,7 +75,16 @@ struct VectorMath<float> {
 
   static inline f32v of(float x) { return f32v{} + x; }
   static inline f32v select(i32v mask, f32v yes, f32v no) { return mask ? yes : no; }
-  static inline f32v max(f32v x, f32v y) { return x > y ? x : y; }  // y where x is NaN
+  // y where x is NaN
+  static inline f32v max(f32v x, f32v y) {
+#if LMF_VECTOR_BYTES == 64
+    return (f32v)_mm512_max_ps((__m512)x, (__m512)y);
+#elif LMF_VECTOR_BYTES == 32
+    return (f32v)_mm256_max_ps((__m256)x, (__m256)y);
+#else
+    return x > y ? x : y;
+#endif
+  }
   static inline float largest(f32v x) {
     return reduce(x, [](float a, float b) { return a > b ? a : b; });
   }
@@ -83,24 +92,31 @@ struct VectorMath<float> {
     return reduce(x, [](float a, float b) { return a + b; });
   }
 
-  // exp(x) for x <= 0 to 1 ulp, NaN for NaN, 0 below the normal numbers.
-  static inline f32v exp(f32v x) {
-    constexpr float kLog2e = 1.44269504f, kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
-    // Adding 1.5 * 2^23 rounds to an integer in the low bits; the 127 on top makes them the exponent of 2^n.
+  // The factor of an exponent: exp(x, scale) is exp(s x).
+  struct Scale {
+    float log2;
+    explicit Scale(float s) : log2(s * 1.44269504f) {}
+  };
+
+  // exp(s x) for s x <= 0 to 1 ulp beside the rounding of the factor; NaN for NaN, 0 below the normal numbers.
+  static inline f32v exp(f32v x, Scale scale) {
+    // Adding 1.5 * 2^23 rounds to an integer n in the low bits; the 127 on top makes them the exponent of 2^n. The
+    // bounds let everything below 2^-127 end as n = -127, whose 2^n is stored as 0.
     constexpr float kRound = 12582912.0f + 127.0f;
-    x = x < -88.0f ? of(-88.0f) : x;  // n = -127, whose 2^n is stored as 0
-    const f32v rounded = x * kLog2e + kRound;
+    const f32v rounded = max(x * scale.log2 + kRound, of(kRound - 127.0f));
     const f32v n = rounded - kRound;
-    const f32v r = (x - n * kLn2High) - n * kLn2Low;
-    f32v p = of(1.0f / 5040.0f);
-    p = p * r + 1.0f / 720.0f;
-    p = p * r + 1.0f / 120.0f;
-    p = p * r + 1.0f / 24.0f;
-    p = p * r + 1.0f / 6.0f;
-    p = p * r + 0.5f;
-    p = (p * r) * r + r + 1.0f;
+    const f32v f = max(of(-1.0f), x * scale.log2 - n);  // in [-1/2, 1/2]; keeps NaN
+    // 2^f, minimax in relative error with 2^0 = 1.
+    f32v p = of(1.55946764e-4f);
+    p = p * f + 1.34066434e-3f;
+    p = p * f + 9.61769279e-3f;
+    p = p * f + 5.55031039e-2f;
+    p = p * f + 0.240226522f;
+    p = p * f + 0.693147242f;
+    p = p * f + 1.0f;
     return p * reinterpret_cast<f32v>(reinterpret_cast<i32v>(rounded) << 23);
   }
+  static inline f32v exp(f32v x) { return exp(x, Scale(1.0f)); }
 
   // log(x) for x >= 1, NaN for NaN.
   static inline f32v log(f32v x) {
@@ -138,6 +154,11 @@ struct VectorMath<double> {
   static inline double sum(f64v x) {
     return reduce(x, [](double a, double b) { return a + b; });
   }
+  struct Scale {
+    double s;
+    explicit Scale(double s) : s(s) {}
+  };
+  static inline f64v exp(f64v x, Scale scale) { return exp(scale.s * x); }
   static inline f64v exp(f64v x) {
     return map(x, [](double v) { return __builtin_exp(v); });
   }

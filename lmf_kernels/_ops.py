@@ -10,6 +10,7 @@ empty. The raw ops are not differentiable; `fused_loss` is. The native ops are d
 here, so that they work without the extension.
 """
 
+import functools
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -61,7 +62,7 @@ _library.impl("triton_backward", _triton_backward, "CompositeExplicitAutograd")
 
 # Backend name -> its (forward, backward): the ops, for graphs, and the same by a shorter way, for eager mode.
 OPS = {"triton": (torch.ops.lmf_kernels.triton_forward.default, torch.ops.lmf_kernels.triton_backward.default)}
-EAGER = dict(OPS)
+EAGER: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = dict(OPS)
 if _C is not None:
     OPS["native"] = (torch.ops.lmf_kernels.native_forward.default, torch.ops.lmf_kernels.native_backward.default)
     EAGER["native"] = (_C.native_forward, _C.native_backward)
@@ -90,10 +91,15 @@ for _backend in OPS:
     torch.library.register_fake(f"lmf_kernels::{_backend}_backward", _fake_backward, lib=_library)
 
 
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def available_backends(device: torch.device) -> tuple[str, ...]:
     """The backends that can run on tensors of `device` in this installation, best first."""
     found = []
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    if device.type == "cuda" and has_triton():
         found.append("triton")
     if _C is not None and device.type in _C.devices():
         found.append("native")
@@ -125,9 +131,8 @@ def select_backend(backend: str, device: torch.device) -> str:
     if backend == "native":
         if _C is None or device.type not in _C.devices():
             raise RuntimeError(f'backend="native" is not available for {device.type} tensors: {_missing(device)}')
-    elif backend == "triton":
-        if importlib.util.find_spec("triton") is None:
-            raise RuntimeError('backend="triton" is not available: the package triton is missing (pip install triton)')
+    elif backend == "triton" and not has_triton():
+        raise RuntimeError('backend="triton" is not available: the package triton is missing (pip install triton)')
     return backend
 
 
@@ -223,10 +228,10 @@ class _FusedGrad(torch.autograd.Function):
         grad_output, logits, target = ctx.saved_tensors
 
         def first_derivative(grad_output: Tensor, logits: Tensor) -> Tensor:
-            _, pull_back = torch.func.vjp(lambda z: reference_loss(z, target, *ctx.tables_and_options), logits)
+            pull_back = torch.func.vjp(lambda z: reference_loss(z, target, *ctx.tables_and_options), logits)[1]
             return pull_back(grad_output)[0]
 
-        _, pull_back = torch.func.vjp(first_derivative, grad_output, logits)
+        pull_back = torch.func.vjp(first_derivative, grad_output, logits)[1]
         d_grad_output, d_logits = pull_back(grad_grad)
         return (None, d_grad_output, d_logits, *(None,) * 14)
 

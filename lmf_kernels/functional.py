@@ -3,7 +3,7 @@
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def lmf_loss(
     written, return 0 or NaN.
 
     Args:
-        input: unnormalised logits, (C,), (N, C) or (N, C, d1, ..., dk), in float16, bfloat16, float32 or float64, of any
+        input: unnormalised logits, (C,), (N, C) or (N, C, d1, ..., dk), float16, bfloat16, float32 or float64, of any
             strides; only dimensions d1..dk that do not collapse into one stride are copied first. Never overwritten.
         target: class indices, (), (N,) or (N, d1, ..., dk), int64 (uint8 is converted by one more kernel launch).
         margins: (C,), the margin of each class, may be negative; None is zeros. See `ldam_margins`.
@@ -64,8 +64,8 @@ def lmf_loss(
             ldam_weight[y] over kept rows (as F.cross_entropy) and the focal sum by the number of kept rows.
         normalizer: replaces the denominators of 'mean': a number > 0, a 0-dim tensor (read on the device), or a pair of
             these for LDAM and focal. For gradient accumulation and global means over data-parallel ranks.
-        backend: 'auto', 'triton', 'native' (compiled C++ or CUDA) or 'reference' (eager PyTorch). 'auto' is Triton on GPU
-            tensors, else native, else the reference.
+        backend: 'auto', 'triton', 'native' (compiled C++ or CUDA) or 'reference' (eager PyTorch). 'auto' is Triton on
+            GPU tensors, else native, else the reference.
 
     Returns:
         The loss: float64 for float64 logits, else float32 (also for half logits). 'mean' without a kept row is NaN,
@@ -134,7 +134,7 @@ def check_options(
     for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma), ("s", s)):
         if not isinstance(value, (float, int, numbers.Real)):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-        if not 0 <= value < math.inf:
+        if not 0 <= float(value) < math.inf:
             raise ValueError(f"{name} must be finite and {'>' if name == 's' else '>='} 0, got {value}")
     if s == 0:
         raise ValueError(f"s must be finite and > 0, got {s}")
@@ -179,7 +179,7 @@ def _check_input_and_target(input: Tensor, target: Tensor) -> tuple[Tensor, Tens
 def _refuse_target_dtype(dtype: torch.dtype) -> NoReturn:
     if dtype.is_floating_point:
         raise TypeError(
-            f"target must be int64 class indices, got {dtype}: class probabilities (soft labels, mixup) are not supported"
+            f"target must be int64 class indices, got {dtype}: class probabilities (soft labels) are not supported"
         )
     raise TypeError(f"target must be int64 class indices, got {dtype}: convert it with target.long()")
 
@@ -203,7 +203,7 @@ def _check_normalizer(normalizer: Normalizer, device: torch.device) -> tuple[flo
     pair = normalizer if isinstance(normalizer, (tuple, list)) else (normalizer, normalizer)
     if len(pair) != 2:
         raise ValueError(f"normalizer must be one value or a pair (LDAM, focal), got {len(pair)} values")
-    checked = []
+    checked: list[float | Tensor] = []
     for value in pair:
         if isinstance(value, Tensor):
             if value.dim() != 0:
@@ -213,10 +213,10 @@ def _check_normalizer(normalizer: Normalizer, device: torch.device) -> tuple[flo
             if value.requires_grad:
                 raise ValueError("normalizer must not require grad (no gradient is computed for it); detach it")
             checked.append(value if value.dtype in _FLOATING else value.float())
-        elif isinstance(value, (float, int, numbers.Real)):
-            if not 0 < value < math.inf:
+        elif isinstance(value, numbers.Real):
+            if not 0 < float(value) < math.inf:
                 raise ValueError(f"normalizer must be finite and > 0, got {value}")
-            checked.append(value)
+            checked.append(float(value))
         else:
             raise TypeError(
                 f"normalizer must be a number, a 0-dim tensor or a pair of them, got {type(value).__name__}"
