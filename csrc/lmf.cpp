@@ -97,6 +97,7 @@ ForwardResult allocate_forward(const at::Tensor& logits, const at::Tensor& targe
 // The stride that connects the dimensions d... of (N, C, d...), or nothing.
 static std::optional<int64_t> inner_stride(const at::Tensor& t) {
   int64_t stride = 1, size = 1;
+  if (t.numel() == 0) return stride;
   for (int64_t d = t.dim() - 1; d >= 2; d--) {
     if (t.size(d) == 1) continue;
     if (size == 1) {

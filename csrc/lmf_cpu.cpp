@@ -160,13 +160,12 @@ static at::Tensor backward_cpu(const at::Tensor& grad_output_in, const at::Tenso
                                const at::Tensor& target_in, const at::Tensor& stats, const at::Tensor& denominators,
                                double alpha, double beta, double s) {
   check_backward(grad_output_in, logits_in, target_in, stats, denominators);
-  at::Tensor logits = logits_in, grad = at::empty_like(logits);
-  auto layout = layout_of(logits, grad);
-  if (!layout) {
-    logits = logits_in.contiguous();
-    grad = at::empty_like(logits);
-    layout = layout_of(logits, grad);
-  }
+  const at::Tensor result = at::empty_like(logits_in);
+  auto layout = layout_of(logits_in, result);
+  const bool copied = !layout;
+  const at::Tensor logits = copied ? logits_in.contiguous() : logits_in;
+  const at::Tensor grad = copied ? at::empty_like(logits) : result;
+  if (copied) layout = layout_of(logits, grad);
   const at::Tensor target = target_in.contiguous();
   const bool expanded = std::all_of(grad_output_in.strides().begin(), grad_output_in.strides().end(),
                                     [](int64_t stride) { return stride == 0; });
@@ -186,7 +185,8 @@ static at::Tensor backward_cpu(const at::Tensor& grad_output_in, const at::Tenso
   Blocks(p.rows, p.classes).parallel(p.rows, p.classes, [&](int64_t, int64_t begin, int64_t end) {
     kernel(p, begin, end);
   });
-  return grad;
+  if (copied) result.copy_(grad);
+  return result;
 }
 
 }  // namespace lmf

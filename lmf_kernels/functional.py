@@ -109,7 +109,8 @@ def lmf_loss(
         ldam, focal = _check_normalizer(normalizer, input.device)
         if isinstance(ldam, Tensor) or isinstance(focal, Tensor):
             ldam_normalizer, focal_normalizer = (
-                n if isinstance(n, Tensor) else torch.full((), n, device=input.device) for n in (ldam, focal)
+                n if isinstance(n, Tensor) else torch.full((), n, dtype=torch.float64, device=input.device)
+                for n in (ldam, focal)
             )
         else:  # numbers need no tensor: the mean is a sum with other coefficients
             alpha, beta, reduction_code = alpha / ldam, beta / focal, SUM
@@ -160,20 +161,18 @@ def _check_input_and_target(input: Tensor, target: Tensor) -> tuple[Tensor, Tens
         target = target.long()
     if input.dim() == 0:
         raise ValueError("input must have shape (C,), (N, C) or (N, C, d1, ..., dk), got a 0-dim tensor")
-    if input.dim() == 1:
-        input, target_shape = input.unsqueeze(0), input.shape[:0]
-    else:
-        target_shape = input.shape[:1] + input.shape[2:]
+    shape = input.shape
+    batched = len(shape) > 1
+    if shape[batched] == 0:
+        raise ValueError(f"input must have at least one class, got shape {tuple(shape)}")
+    target_shape = shape[:1] + shape[2:] if batched else shape[:0]
     if target.shape != target_shape:
         raise ValueError(
-            f"target must have shape {tuple(target_shape)} for input of shape "
-            f"{tuple(input.shape if target_shape else input.shape[1:])}, got {tuple(target.shape)}"
+            f"target must have shape {tuple(target_shape)} for input of shape {tuple(shape)}, got {tuple(target.shape)}"
         )
-    if input.shape[1] == 0:
-        raise ValueError(f"input must have at least one class, got shape {tuple(input.shape)}")
     if target.device != input.device:
         raise RuntimeError(f"target must be on input's device {input.device}, got {target.device}")
-    return input, target if target_shape else target.unsqueeze(0)
+    return (input, target) if batched else (input.unsqueeze(0), target.unsqueeze(0))
 
 
 def _refuse_target_dtype(dtype: torch.dtype) -> NoReturn:
