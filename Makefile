@@ -8,7 +8,7 @@ STAMPS := $(VENV)/stamps
 # One environment for every command: ninja and clang-format are found beside Python.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
+SOURCES := $(wildcard csrc/*) setup.py cuda_toolkit.py pyproject.toml
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
 
 .PHONY: setup train test test-all lint format clean

@@ -131,7 +131,16 @@ std::optional<Layout> layout_of(const at::Tensor& logits, const at::Tensor& grad
   return layout;
 }
 
+#if defined(LMF_CUDA)
+static std::vector<std::string> devices() { return {"cpu", "cuda"}; }
+static std::string cuda_architectures() { return LMF_CUDA; }
+namespace cuda {
+void bind(pybind11::module_&);
+}
+#else
 static std::vector<std::string> devices() { return {"cpu"}; }
+static std::string cuda_architectures() { return ""; }
+#endif
 
 // The ops through the dispatcher, but without the boxing and parsing of torch.ops, which takes longer than the kernels
 // of a small batch.
@@ -173,4 +182,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("native_backward", lmf::Dispatched<lmf::Backward>("lmf_kernels::native_backward"), without_gil);
   m.def("devices", &lmf::devices, "Device types that have native kernels");
   m.def("cpu_capability", &lmf::cpu_capability, "The CPU instruction set in use");
+  m.def("cuda_architectures", &lmf::cuda_architectures, "What the CUDA kernels are compiled for; empty without them");
+#if defined(LMF_CUDA)
+  lmf::cuda::bind(m);
+#endif
 }

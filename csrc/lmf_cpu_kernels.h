@@ -12,12 +12,13 @@
 #include "lmf_cpu_tile.h"
 #include "lmf_math.h"
 #include "simd.h"
+#include "simd_wide.h"
 
 namespace lmf {
 namespace LMF_ISA {
 
 constexpr int kRowChunk = kTileRows * kTileClasses;  // logits of one row staged at a time
-constexpr int64_t kIgnored = -1;
+constexpr int32_t kIgnored = -1;
 
 // Which exponentials eq. 1 needs: those of both scales, or of one (s = 1, alpha = 0 or beta = 0).
 struct Exponentials {
@@ -44,7 +45,7 @@ constexpr A infinity() {
 template <typename A>
 struct alignas(64) Rows {
   A m[kTileRows], t1[kTileRows], t2[kTileRows], z_y[kTileRows];
-  int64_t y[kTileRows];
+  int32_t y[kTileRows];
 };
 
 // The exponent of what turns sums relative to m into sums relative to next >= m; 0 where both are -inf.
@@ -141,7 +142,12 @@ void row_statistics(const ForwardArguments& p, Scale<A> s, int64_t row, int64_t 
     const A next = M::largest(M::max(M::max(largest[0], largest[1]), M::max(largest[2], largest[3])));
     const V anchor = M::of(next == -infinity<A>() ? A(0) : next);
     if (first) sums.rescale(change_of<M>(M::of(m), M::of(next)), s);
-    for (int64_t j = 0; j < padded; j += kLanes) sums.add(load(staged + j) - anchor, s);
+    // What is staged next follows in memory, in this row or the next: it arrives while the exponentials are busy.
+    const char* const ahead = reinterpret_cast<const char*>(z + first + chunk);
+    for (int64_t j = 0; j < padded; j += kLanes) {
+      __builtin_prefetch(ahead + j * sizeof(T));
+      sums.add(load(staged + j) - anchor, s);
+    }
     m = next;
   }
   rows.m[lane] = m;
@@ -172,61 +178,64 @@ inline void accumulate(double* sums, V values) {
   for (int lane = 0; lane < int(sizeof(V) / sizeof(values[0])); lane++) sums[lane] += double(values[lane]);
 }
 
-// table[y], `absent` without a table; ignored rows get whatever is first in it.
-template <typename A>
-inline typename VectorMath<A>::Value gather(const void* table, const int64_t* y, A absent) {
-  if (!table) return VectorMath<A>::of(absent);
-  A lanes[VectorMath<A>::kLanes];
-  for (int lane = 0; lane < VectorMath<A>::kLanes; lane++) {
-    lanes[lane] = static_cast<const A*>(table)[y[lane] < 0 ? 0 : y[lane]];
-  }
-  return load(lanes);
-}
-
 template <typename A>
 void finish_rows(const ForwardArguments& p, const Options<A>& o, int64_t row, int64_t count, Rows<A>& rows,
                  LaneSums<A>& sums) {
   using M = VectorMath<A>;
-  using V = typename M::Value;
-  const V zero = M::of(0);
-  for (int64_t lane = count; lane % M::kLanes; lane++) rows.y[lane] = kIgnored;
-  for (int64_t first = 0; first < count; first += M::kLanes) {
-    const int64_t* y = &rows.y[first];
-    A kept_lanes[M::kLanes];
-    for (int lane = 0; lane < M::kLanes; lane++) kept_lanes[lane] = y[lane] == kIgnored ? A(0) : A(1);
-    const V kept = load(kept_lanes);
-    const typename M::Mask ignored = kept == zero;
-    const V m = load(&rows.m[first]);
-    const V anchor = M::select(m == M::of(-infinity<A>()), zero, m);
-    const Statistics<M> statistics = {anchor, load(&rows.t1[first]), load(&rows.t2[first]), load(&rows.z_y[first])};
-    Term<M> focal = {zero, zero, zero}, ldam = focal;
+  using W = WideMath<M>;
+  static_assert(kTileRows % W::kLanes == 0);
+  const auto zero = W::of(0);
+  for (int64_t lane = count; lane % W::kLanes; lane++) rows.y[lane] = kIgnored;
+  for (int64_t first = 0; first < count; first += W::kLanes) {
+    const auto y = each([&](int i) { return M::load_labels(&rows.y[first + i * M::kLanes]); });
+    const auto ignored = each([&](int i) { return y.v[i] < 0; });
+    const auto look_up = [&](const void* table, A absent) {
+      return each([&](int i) {
+        if (!table) return M::of(absent);
+        return M::gather(static_cast<const A*>(table), ignored.v[i] ? y.v[i] - y.v[i] : y.v[i]);
+      });
+    };
+    const auto m = load_wide(&rows.m[first]);
+    const auto anchor = W::select(m == W::of(-infinity<A>()), zero, m);
+    const Statistics<W> statistics = {anchor, load_wide(&rows.t1[first]), load_wide(&rows.t2[first]),
+                                      load_wide(&rows.z_y[first])};
+    Term<W> focal = {zero, zero, zero}, ldam = focal;
     if (o.beta != 0) {
-      focal = focal_term<M>(statistics, ignored, gather<A>(p.focal_weight, y, 1), o);
-      accumulate(sums.focal, focal.loss);
+      focal = focal_term<W>(statistics, ignored, look_up(p.focal_weight, 1), o);
+      accumulate(sums.focal, sum_parts(focal.loss));
     }
     if (o.alpha != 0) {
-      const V w_ldam = gather<A>(p.ldam_weight, y, 1);
-      ldam = ldam_term<M>(statistics, ignored, gather<A>(p.margins, y, 0), w_ldam, o);
-      accumulate(sums.ldam, ldam.loss);
-      accumulate(sums.weight, M::select(ignored, zero, w_ldam));
+      const auto w_ldam = look_up(p.ldam_weight, 1);
+      ldam = ldam_term<W>(statistics, ignored, look_up(p.margins, 0), w_ldam, o);
+      accumulate(sums.ldam, sum_parts(ldam.loss));
+      accumulate(sums.weight, sum_parts(W::select(ignored, zero, w_ldam)));
     }
-    const V saved[5] = {anchor, focal.c, ldam.c, focal.g, ldam.g};
-    A* const stats = static_cast<A*>(p.stats) + row + first;
-    for (int k = 0; k < 5; k++) store_some(stats + k * p.rows, saved[k], count - first);
-    if (p.row_loss) {
-      store_some(static_cast<A*>(p.row_loss) + row + first, o.alpha * ldam.loss + o.beta * focal.loss, count - first);
-    }
+    const auto save = [&](void* base, const typename W::Value& values) {
+      for (int i = 0; i < kWide; i++) {
+        const int64_t lane = first + i * M::kLanes;
+        store_some(static_cast<A*>(base) + row + lane, values.v[i], count - lane);
+      }
+    };
+    const typename W::Value saved[5] = {anchor, focal.c, ldam.c, focal.g, ldam.g};
+    for (int k = 0; k < 5; k++) save(static_cast<A*>(p.stats) + k * p.rows, saved[k]);
+    if (p.row_loss) save(p.row_loss, o.alpha * ldam.loss + o.beta * focal.loss);
   }
 }
 
 template <typename A>
 void read_labels(const ForwardArguments& p, int64_t row, int64_t count, Rows<A>& rows, Partial& partial) {
+  int64_t kept = 0, bad = 0;
   for (int64_t lane = 0; lane < count; lane++) {
     const int64_t y = p.target[row + lane];
-    const bool ignored = y == p.ignore_index, inside = y >= 0 && y < p.classes;
-    if (!ignored && !inside && partial.bad_row < 0) partial.bad_row = row + lane;
-    rows.y[lane] = !ignored && inside ? y : kIgnored;
-    partial.kept += !ignored;
+    const bool ignored = y == p.ignore_index, inside = uint64_t(y) < uint64_t(p.classes);
+    rows.y[lane] = !ignored & inside ? int32_t(y) : kIgnored;
+    kept += !ignored;
+    bad += !ignored & !inside;
+  }
+  partial.kept += kept;
+  for (int64_t lane = 0; bad && partial.bad_row < 0; lane++) {
+    const int64_t y = p.target[row + lane];
+    if (y != p.ignore_index && uint64_t(y) >= uint64_t(p.classes)) partial.bad_row = row + lane;
   }
 }
 
@@ -278,19 +287,29 @@ struct alignas(64) Coefficients {
 
 template <typename A, bool both>
 void read_coefficients(const BackwardArguments& p, int64_t row, int64_t count, Coefficients<A>& c) {
-  const A* stats = static_cast<const A*>(p.stats) + row;
-  const A* grad_output = static_cast<const A*>(p.grad_output) + row * p.grad_output_stride;
-  const A focal_denominator = A(p.focal_denominator), ldam_denominator = A(p.ldam_denominator);
-  for (int64_t lane = 0; lane < count; lane++) {
-    const A go = grad_output[lane * p.grad_output_stride];
-    const A c1 = stats[1 * p.rows + lane], c2 = stats[2 * p.rows + lane];
+  using M = VectorMath<A>;
+  using V = typename M::Value;
+  const V zero = M::of(0);
+  const A* const grad_output = static_cast<const A*>(p.grad_output);
+  V r1 = M::of(*grad_output / A(p.focal_denominator)), r2 = M::of(*grad_output / A(p.ldam_denominator));
+  for (int64_t lane = 0; lane < count; lane += M::kLanes) {
+    const auto read = [&](int k) {
+      const A* const stats = static_cast<const A*>(p.stats) + k * p.rows + row + lane;
+      return count - lane >= M::kLanes ? load(stats) : load_some(stats, count - lane);
+    };
+    if (p.grad_output_stride) {  // reduction none, without denominators
+      r1 = r2 = count - lane >= M::kLanes ? load(grad_output + row + lane)
+                                          : load_some(grad_output + row + lane, count - lane);
+    }
+    const V c1 = read(1), c2 = read(2);
     // A silent term contributes 0 even where its denominator is 0.
-    const A r1 = c1 == 0 ? A(0) : go / focal_denominator, r2 = c2 == 0 ? A(0) : go / ldam_denominator;
-    c.m[lane] = stats[lane];
-    c.live[lane] = c1 == 0 && c2 == 0 ? A(0) : A(1);
-    c.rc1[lane] = both ? r1 * c1 : r1 * c1 + r2 * c2;
-    c.rc2[lane] = r2 * c2;
-    c.at_target[lane] = -(r1 * stats[3 * p.rows + lane] + r2 * stats[4 * p.rows + lane]);
+    const V k1 = M::select(c1 == zero, zero, r1 * c1), k2 = M::select(c2 == zero, zero, r2 * c2);
+    const V g1 = M::select(c1 == zero, zero, r1 * read(3)), g2 = M::select(c2 == zero, zero, r2 * read(4));
+    store(&c.m[lane], read(0));
+    store(&c.rc1[lane], both ? k1 : k1 + k2);
+    store(&c.rc2[lane], k2);
+    store(&c.at_target[lane], -(g1 + g2));
+    store(&c.live[lane], M::select((c1 == zero) & (c2 == zero), zero, M::of(1)));
   }
 }
 

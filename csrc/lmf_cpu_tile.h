@@ -28,11 +28,12 @@ inline int64_t connected_rows(const Problem& p, int64_t row, int64_t limit) {
   return left < limit ? left : limit;
 }
 
-// The first `count` elements at p; the other lanes are 0.
+// The first `count` elements at p, or all lanes if there are fewer; the other lanes are 0.
 template <typename T>
 inline auto load_some(const T* p, int64_t count) {
-  T lanes[VectorMath<typename Accumulate<T>::type>::kLanes] = {};
-  for (int lane = 0; lane < count; lane++) lanes[lane] = p[lane];
+  constexpr int kLanes = VectorMath<typename Accumulate<T>::type>::kLanes;
+  T lanes[kLanes] = {};
+  for (int lane = 0; lane < kLanes && lane < count; lane++) lanes[lane] = p[lane];
   return load(lanes);
 }
 
@@ -79,19 +80,19 @@ inline void stage_contiguous_classes(const Tile<const T>& tile, int64_t first, i
   for (int64_t lane = 0; lane < tile.rows; lane += M::kLanes) {
     for_squares<M::kLanes>(chunk, [&](int64_t j) {
       typename M::Value square[M::kLanes];
+      const T* const z = tile.z + lane * tile.row_stride + first + j;
+      const int64_t rows = tile.rows - lane;
+      // Fewer classes than lanes: a whole vector reaches into the next rows, which must exist.
+      const T* const last = z + (M::kLanes - 1) * tile.row_stride;
+      if (rows >= M::kLanes && (chunk >= M::kLanes || static_cast<const void*>(last + M::kLanes) <= tile.end)) {
 #pragma GCC unroll 16
-      for (int i = 0; i < M::kLanes; i++) {
-        const int64_t row = lane + i < tile.rows ? lane + i : tile.rows - 1;
-        const T* z = tile.z + row * tile.row_stride + first + j;
-        const bool inside = chunk >= M::kLanes || static_cast<const void*>(z + M::kLanes) <= tile.end;
-        square[i] = inside ? load(z) : load_some(z, chunk - j);
+        for (int i = 0; i < M::kLanes; i++) square[i] = load(z + i * tile.row_stride);
+      } else {
+        for (int i = 0; i < M::kLanes; i++) square[i] = load_some(z + i * tile.row_stride, i < rows ? chunk - j : 0);
       }
       transpose<M>(square);
-      const int64_t some = chunk - j < M::kLanes ? chunk - j : M::kLanes;
 #pragma GCC unroll 16
-      for (int i = 0; i < M::kLanes; i++) {
-        if (i < some) store(staged + (j + i) * kTileRows + lane, square[i]);
-      }
+      for (int i = 0; i < M::kLanes; i++) store(staged + (j + i) * kTileRows + lane, square[i]);
     });
   }
 }
@@ -107,16 +108,15 @@ inline void write_contiguous_classes(const Tile<T>& tile, int64_t first, int64_t
 #pragma GCC unroll 16
       for (int i = 0; i < M::kLanes; i++) square[i] = load(staged + (j + i) * kTileRows + lane);
       transpose<M>(square);
+      T* const z = tile.z + lane * tile.row_stride + first + j;
+      const int64_t rows = tile.rows - lane;
+      // Fewer classes than lanes: a whole vector may spill into rows of this tile that are written later.
+      const bool spill = dense && (M::kLanes - 1) * tile.classes + M::kLanes <= rows * tile.classes;
+      if (rows >= M::kLanes && (chunk >= M::kLanes || spill)) {
 #pragma GCC unroll 16
-      for (int i = 0; i < M::kLanes; i++) {
-        const int64_t row = lane + i;
-        if (row < tile.rows) {
-          T* z = tile.z + row * tile.row_stride + first + j;
-          // Fewer classes than lanes: a whole vector may spill into the tile's next rows, which are written later.
-          const bool whole =
-              chunk >= M::kLanes || (dense && row * tile.classes + M::kLanes <= tile.rows * tile.classes);
-          store_some(z, square[i], whole ? M::kLanes : chunk - j);
-        }
+        for (int i = 0; i < M::kLanes; i++) store(z + i * tile.row_stride, square[i]);
+      } else {
+        for (int i = 0; i < M::kLanes && i < rows; i++) store_some(z + i * tile.row_stride, square[i], chunk - j);
       }
     });
   }

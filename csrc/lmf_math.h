@@ -24,6 +24,7 @@ struct ScalarMath {
   static LMF_HD T exp(T x) { return ::exp(x); }
   static LMF_HD T log(T x) { return ::log(x); }
   static LMF_HD T log1p(T x) { return ::log1p(x); }
+  static LMF_HD T ratio(T x, T y) { return x / y; }  // y >= 1
   static LMF_HD T select(bool condition, T yes, T no) { return condition ? yes : no; }
 };
 
@@ -57,7 +58,7 @@ struct LogOdds {
     const auto positive = x > zero;
     const Value e = Math::exp(Math::select(positive, -x, x));
     const Value tail = Math::log1p(e);
-    const Value inverse = one / (one + e);
+    const Value inverse = Math::ratio(one, one + e);
     softplus = Math::select(positive, x, zero) + tail;
     softplus_negative = Math::select(positive, zero, -x) + tail;
     sigmoid = Math::select(positive, one, e) * inverse;
@@ -99,7 +100,7 @@ LMF_HD Term<Math> focal_term(const Statistics<Math>& row, typename Math::Mask ig
   const Value slope = modulation * (odds.sigmoid + o.gamma * odds.sigmoid_negative * bounded);
   const Value g = o.beta * w_focal * slope;
   return silenced<Math>(ignored | (w_focal == Math::of(Scalar(0))) | (alone & (gap == gap)),
-                        {w_focal * (modulation * odds.softplus), g / row.t1, g});
+                        {w_focal * (modulation * odds.softplus), Math::ratio(g, row.t1), g});
 }
 
 // alpha * w_ldam * softplus(b): eq. 2, 3 and 6.
@@ -112,9 +113,9 @@ LMF_HD Term<Math> ldam_term(const Statistics<Math>& row, typename Math::Mask ign
   const Value gap = log_odds_gap<Math>(row, alone);
   const Value b = o.s * (gap + margin) + Math::log(row.t2);
   const LogOdds<Math> odds(b);
-  const Value g = o.alpha * w_ldam * o.s * odds.sigmoid;
+  const Value g = o.alpha * o.s * w_ldam * odds.sigmoid;
   return silenced<Math>(ignored | (w_ldam == Math::of(Scalar(0))) | (alone & (gap == gap)),
-                        {w_ldam * odds.softplus, g / row.t2, g});
+                        {w_ldam * odds.softplus, Math::ratio(g, row.t2), g});
 }
 
 }  // namespace lmf

@@ -27,14 +27,11 @@ using i32v = VectorOf<int32_t, LMF_VECTOR_BYTES>::type;
 using f64v = VectorOf<double, LMF_VECTOR_BYTES>::type;
 using i64v = VectorOf<int64_t, LMF_VECTOR_BYTES>::type;
 
-// log(1 + f) for f in [sqrt(1/2) - 1, sqrt(2) - 1], relative to its value: the series in f / (2 + f) with minimax
-// coefficients.
-inline f32v log1p_reduced(f32v f) {
-  const f32v q = f / (2.0f + f);
-  const f32v z = q * q;
-  const f32v half_square = 0.5f * f * f;
-  const f32v r = z * (0.66666662693f + z * (0.40000972152f + z * (0.28498786688f + z * 0.24279078841f)));
-  return f - (half_square - q * (half_square + r));
+template <typename V>
+inline V load_bits(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
 }
 
 // Results below the normal numbers become 0 while this object lives. Gradients of improbable classes fall there in
@@ -78,7 +75,7 @@ struct VectorMath<float> {
   // y where x is NaN
   static inline f32v max(f32v x, f32v y) {
 #if LMF_VECTOR_BYTES == 64
-    return (f32v)_mm512_max_ps((__m512)x, (__m512)y);
+    return (f32v)_mm512_maskz_max_ps(0xffff, (__m512)x, (__m512)y);
 #elif LMF_VECTOR_BYTES == 32
     return (f32v)_mm256_max_ps((__m256)x, (__m256)y);
 #else
@@ -90,6 +87,29 @@ struct VectorMath<float> {
   }
   static inline float sum(f32v x) {
     return reduce(x, [](float a, float b) { return a + b; });
+  }
+
+  // x / y for y in [1, 2^30], to 1 ulp: a division takes as long as ten multiplications.
+  static inline f32v ratio(f32v x, f32v y) {
+#if LMF_VECTOR_BYTES == 64
+    const f32v r = (f32v)_mm512_maskz_rcp14_ps(0xffff, (__m512)y);
+    const f32v q = x * r;
+    return q + r * (x - q * y);
+#else
+    return x / y;
+#endif
+  }
+
+  // Labels as they are staged: negative where a row is ignored.
+  static inline i32v load_labels(const int32_t* y) { return load_bits<i32v>(y); }
+  static inline f32v gather(const float* table, i32v index) {
+#if LMF_VECTOR_BYTES == 64
+    return (f32v)_mm512_i32gather_ps((__m512i)index, table, 4);
+#elif LMF_VECTOR_BYTES == 32
+    return (f32v)_mm256_i32gather_ps(table, (__m256i)index, 4);
+#else
+    return f32v{table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
+#endif
   }
 
   // The factor of an exponent: exp(x, scale) is exp(s x).
@@ -117,6 +137,16 @@ struct VectorMath<float> {
     return p * reinterpret_cast<f32v>(reinterpret_cast<i32v>(rounded) << 23);
   }
   static inline f32v exp(f32v x) { return exp(x, Scale(1.0f)); }
+
+  // log(1 + f) for f in [sqrt(1/2) - 1, sqrt(2) - 1], relative to its value: the series in f / (2 + f) with minimax
+  // coefficients.
+  static inline f32v log1p_reduced(f32v f) {
+    const f32v q = ratio(f, 2.0f + f);
+    const f32v z = q * q;
+    const f32v half_square = 0.5f * f * f;
+    const f32v r = z * (0.66666662693f + z * (0.40000972152f + z * (0.28498786688f + z * 0.24279078841f)));
+    return f - (half_square - q * (half_square + r));
+  }
 
   // log(x) for x >= 1, NaN for NaN.
   static inline f32v log(f32v x) {
@@ -154,6 +184,16 @@ struct VectorMath<double> {
   static inline double sum(f64v x) {
     return reduce(x, [](double a, double b) { return a + b; });
   }
+  static inline f64v ratio(f64v x, f64v y) { return x / y; }
+  static inline i64v load_labels(const int32_t* y) {
+    return __builtin_convertvector((load_bits<VectorOf<int32_t, LMF_VECTOR_BYTES / 2>::type>(y)), i64v);
+  }
+  static inline f64v gather(const double* table, i64v index) {
+    f64v values;
+    for (int lane = 0; lane < kLanes; lane++) values[lane] = table[index[lane]];
+    return values;
+  }
+
   struct Scale {
     double s;
     explicit Scale(double s) : s(s) {}
@@ -196,13 +236,6 @@ struct Accumulate<double> {
 };
 
 using u16v = VectorOf<uint16_t, LMF_VECTOR_BYTES / 2>::type;
-
-template <typename V>
-inline V load_bits(const void* p) {
-  V v;
-  std::memcpy(&v, p, sizeof(V));
-  return v;
-}
 
 inline f32v load(const float* p) { return load_bits<f32v>(p); }
 inline f64v load(const double* p) { return load_bits<f64v>(p); }

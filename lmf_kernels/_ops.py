@@ -106,6 +106,11 @@ def available_backends(device: torch.device) -> tuple[str, ...]:
     return (*found, "reference")
 
 
+def cpu_capability() -> str:
+    """The instruction set of the native CPU kernels ("baseline", "avx2", "avx512"), or "none" without them."""
+    return "none" if _C is None else _C.cpu_capability()
+
+
 _auto_choice: dict[str, str] = {}  # device type -> backend; what is installed does not change while we run
 
 

@@ -1,0 +1,1 @@
+"""The training benchmark's parts: data, models, losses, loop, report and plots."""

@@ -1,0 +1,46 @@
+"""Where the model looks: Grad-CAM overlays of test samples, through the grad-cam package."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from .errors import UserError
+
+# The layer whose output still has a place for each part of the image.
+TARGET_LAYER = {
+    "small_cnn": "features.4",
+    "resnet50": "layer4",
+    "efficientnet_v2_s": "features",
+    "densenet121": "features",
+    "efficientnet_lite0": "_bn1",
+}
+
+
+def check_gradcam(model_name: str) -> None:
+    """Raise UserError if the package is missing or the model has no map of the image."""
+    if model_name not in TARGET_LAYER:
+        raise UserError(f"--grad-cam is not supported for {model_name}, expected one of: {', '.join(TARGET_LAYER)}")
+    try:
+        import pytorch_grad_cam  # noqa: F401
+    except ImportError as error:
+        raise UserError("--grad-cam needs the package grad-cam: pip install grad-cam") from error
+
+
+def overlays(model: nn.Module, model_name: str, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """For (n, c, h, w) images in [0, 1]: overlays (n, h, w, 3) for the predicted classes, and these classes (n,)."""
+    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.utils.image import show_cam_on_image
+
+    model.eval()
+    with GradCAM(model=model, target_layers=[model.get_submodule(TARGET_LAYER[model_name])]) as cam:
+        maps = cam(input_tensor=images, targets=None)  # (n, h, w) in [0, 1], for the predicted class
+        predicted = cam.outputs.argmax(1).cpu().numpy()
+    pictures = [
+        show_cam_on_image(picture, heat, use_rgb=True) / 255 for picture, heat in zip(as_rgb(images), maps, strict=True)
+    ]
+    return np.stack(pictures), predicted
+
+
+def as_rgb(images: torch.Tensor) -> np.ndarray:
+    """(n, c, h, w) as (n, h, w, 3) float32."""
+    return images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy().astype(np.float32)

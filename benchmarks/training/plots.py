@@ -1,0 +1,174 @@
+"""Pictures of the results."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import fill
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from .losses import LABELS
+from .output import write_atomically
+from .record import Record
+from .report import by_loss
+from .tables import Cell, cell
+
+# Okabe and Ito's colours, which colour-blind people can tell apart.
+COLORS = dict(zip(LABELS, ("#000000", "#999999", "#56B4E9", "#009E73", "#D55E00", "#E69F00"), strict=True))
+RARE = 3  # classes in the paper's Figure 1
+
+
+def plot_curves(records: Sequence[Record], path: Path) -> None:
+    """Training loss and validation macro F1 per epoch: means over seeds, with the range as a band."""
+    figure, (loss_axes, f1_axes) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    for loss, group in by_loss(records).items():
+        for axes, field in ((loss_axes, "train_loss"), (f1_axes, "val_macro_f1")):
+            values = np.array([getattr(record.outcome.history, field) for record in group])  # (seeds, epochs)
+            epochs = np.arange(1, values.shape[1] + 1)
+            style = "--" if loss == "lmf-eager" else "-"
+            axes.plot(epochs, values.mean(0), style, color=COLORS[loss], label=LABELS[loss], linewidth=1.6)
+            axes.fill_between(epochs, values.min(0), values.max(0), color=COLORS[loss], alpha=0.12, linewidth=0)
+    loss_axes.set(xlabel="epoch", ylabel="training loss (log scale)", yscale="log", title="Training loss")
+    f1_axes.set(xlabel="epoch", ylabel="macro F1", title="Validation macro F1")
+    for axes in (loss_axes, f1_axes):
+        axes.grid(alpha=0.3)
+    if len({record.seed for record in records}) > 1:
+        figure.suptitle("Lines: mean over seeds; bands: smallest to largest", fontsize=10)
+    _legend_below(figure, loss_axes)
+    _save(figure, path)
+
+
+def plot_per_class_f1(
+    records: Sequence[Record], class_names: Sequence[str], train_counts: Sequence[int], path: Path
+) -> None:
+    """Test F1 of every class as grouped bars: means over seeds, with the standard deviation."""
+    _plot_f1(records, range(len(class_names)), class_names, train_counts, "Test F1 per class", path)
+
+
+def plot_rare_f1(records: Sequence[Record], class_names: Sequence[str], counts: Sequence[int], path: Path) -> None:
+    """The paper's Figure 1: test F1 of the three rarest classes."""
+    rarest = np.argsort(counts, kind="stable")[:RARE]
+    _plot_f1(records, rarest, class_names, counts, f"Test F1 of the {len(rarest)} rarest classes", path)
+
+
+def _plot_f1(
+    records: Sequence[Record],
+    classes: Sequence[int] | range | np.ndarray,
+    class_names: Sequence[str],
+    counts: Sequence[int],
+    title: str,
+    path: Path,
+) -> None:
+    groups = by_loss(records)
+    figure, axes = plt.subplots(figsize=(max(9.0, 1.4 * len(classes) + 1), 4.4), layout="constrained")
+    places = np.arange(len(classes))
+    width = 0.84 / len(groups)
+    for i, (loss, group) in enumerate(groups.items()):
+        cells = [cell([record.outcome.test.per_class_f1[c] for record in group]) for c in classes]
+        axes.bar(
+            places + (i - (len(groups) - 1) / 2) * width,
+            [value.mean for value in cells],
+            width,
+            yerr=_error_bars(cells),
+            color=COLORS[loss],
+            label=LABELS[loss],
+            error_kw={"elinewidth": 0.8, "ecolor": "#555555"},
+        )
+    axes.set_xticks(places, [f"{fill(class_names[c], 14)}\n{counts[c]} images" for c in classes])
+    axes.set(ylabel="test F1", ylim=(0, 1.05), xlabel="class and its training images")
+    spread = ": mean and standard deviation over seeds" if len({record.seed for record in records}) > 1 else ""
+    axes.set_title(f"{title}{spread}")
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    _legend_below(figure, axes)
+    _save(figure, path)
+
+
+def _error_bars(cells: Sequence[Cell]) -> np.ndarray | None:
+    """(2, n) lengths, none of which leaves [0, 1]."""
+    if any(value.deviation is None for value in cells):
+        return None
+    bars = [
+        (min(value.deviation, value.mean), min(value.deviation, 1 - value.mean))
+        for value in cells
+        if value.deviation is not None
+    ]
+    return np.array(bars).T
+
+
+def plot_confusion(records: Sequence[Record], class_names: Sequence[str], path: Path) -> None:
+    """A confusion matrix for each loss: shares of each true class, all seeds together."""
+    groups = by_loss(records)
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    side = max(3.0, 0.55 * len(class_names) + 0.8)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(side * columns + 0.8, side * rows + 0.4), layout="constrained", squeeze=False
+    )
+    for axes in grid.flat[len(groups) :]:
+        axes.set_axis_off()
+    for axes, (loss, group) in zip(grid.flat, groups.items(), strict=False):
+        counts = np.sum([record.outcome.test.confusion for record in group], axis=0)
+        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        ticks = np.arange(len(class_names))
+        axes.set_xticks(ticks, class_names, rotation=45 if max(map(len, class_names)) > 3 else 0, fontsize=8)
+        axes.set_yticks(ticks, class_names, fontsize=8)
+        axes.set(xlabel="predicted class", ylabel="true class", title=LABELS[loss])
+        if len(class_names) <= 12:
+            _write_shares(axes, shares)
+    figure.colorbar(picture, ax=grid, label="share of the true class", shrink=0.8)
+    _save(figure, path)
+
+
+def _write_shares(axes: plt.Axes, shares: np.ndarray) -> None:
+    for (row, column), share in np.ndenumerate(shares):
+        if share >= 0.005:
+            color = "white" if share > 0.6 else "black"
+            axes.text(column, row, f"{share:.2f}".removeprefix("0"), ha="center", va="center", fontsize=7, color=color)
+
+
+def plot_overlays(
+    images: np.ndarray, truths: Sequence[str], overlays: dict[str, tuple[np.ndarray, list[str]]], path: Path
+) -> None:
+    """The paper's Figure 2: a row for each test sample, the image first, then the Grad-CAM overlay of each loss.
+
+    Args:
+        images: (n, h, w, 3) in [0, 1].
+        truths: n class names.
+        overlays: for each loss (n, h, w, 3) in [0, 1], and n predicted class names.
+        path: where the picture goes.
+    """
+    columns = len(overlays) + 1
+    figure, grid = plt.subplots(
+        len(images), columns, figsize=(1.9 * columns, 2.25 * len(images)), layout="constrained", squeeze=False
+    )
+    for row, (axes, image, truth) in enumerate(zip(grid, images, truths, strict=True)):
+        axes[0].imshow(image)
+        axes[0].set_title(f"true: {truth}", fontsize=9)
+        for cell_axes, (loss, (pictures, predicted)) in zip(axes[1:], overlays.items(), strict=True):
+            cell_axes.imshow(pictures[row])
+            right = predicted[row] == truth
+            cell_axes.set_title(
+                f"{LABELS[loss]}\n{predicted[row]}{'' if right else ' (wrong)'}",
+                fontsize=9,
+                color="black" if right else "#B00020",
+            )
+    for axes in grid.flat:
+        axes.set_axis_off()
+    _save(figure, path)
+
+
+def _legend_below(figure: Figure, axes: plt.Axes) -> None:
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, columnspacing=1.4
+    )
+
+
+def _save(figure: Figure, path: Path) -> None:
+    write_atomically(path, lambda file: figure.savefig(file, dpi=120))
+    plt.close(figure)

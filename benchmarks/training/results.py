@@ -1,0 +1,55 @@
+"""What a run leaves: results.json after each training; tables and pictures at the end."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from .checkpoint import RESULTS
+from .experiment import Experiment
+from .output import write_atomically, write_json
+from .record import Record
+from .report import table_1, table_2, time_table
+from .split import describe_split
+
+
+def write_results(experiment: Experiment, records: Sequence[Record]) -> None:
+    """Replace results.json in one step."""
+    write_json(
+        experiment.config.out / RESULTS,
+        {
+            "config": asdict(experiment.config),
+            "torch": torch.__version__,
+            "split": describe_split(experiment.samples, experiment.config.grouped),
+            "class_names": experiment.samples.class_names,
+            "class_counts": experiment.samples.counts.tolist(),
+            "train_counts": experiment.train_counts,
+            "records": [record.as_json() for record in records],
+        },
+    )
+
+
+def finish(experiment: Experiment, records: Sequence[Record]) -> None:
+    """Print the tables; write them as Markdown and CSV, and the pictures."""
+    from . import plots  # matplotlib is slow to import
+
+    names, counts, out = experiment.samples.class_names, experiment.train_counts, experiment.config.out
+    first, second = table_1(records), table_2(records, names, counts)
+    print(f"\n{first.text()}\n\n{second.text()}\n\n{time_table(records)}\n", flush=True)
+    write_results(experiment, records)
+    _write(out / "tables.md", f"{first.markdown()}\n\n{second.markdown()}\n")
+    _write(out / "table_1.csv", first.csv())
+    _write(out / "table_2.csv", second.csv())
+    plots.plot_curves(records, out / "curves.png")
+    plots.plot_per_class_f1(records, names, counts, out / "per_class_f1.png")
+    plots.plot_rare_f1(records, names, counts, out / "rare_f1.png")
+    plots.plot_confusion(records, names, out / "confusion.png")
+    if experiment.overlays:
+        gallery = experiment.gallery()
+        plots.plot_overlays(*gallery, experiment.overlays, out / "grad_cam.png")
+    print(f"wrote {out}: results.json, the tables (.md, .csv), curves.png, per_class_f1.png and more pictures")
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))

@@ -1,0 +1,186 @@
+#include "lmf_cuda_call.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/util/SmallVector.h>
+
+#include <array>
+
+namespace lmf {
+namespace cuda {
+
+// ---- where rows are ------------------------------------------------------------------------------------------------
+
+using Strides = c10::SmallVector<int64_t, 6>;
+
+// The strides of (N, C, d...) along (N, d...).
+static Strides row_strides(const at::Tensor& t) {
+  Strides strides(t.strides().begin(), t.strides().end());
+  strides.erase(strides.begin() + 1);
+  return strides;
+}
+
+static Strides all_strides(const at::Tensor& t) { return Strides(t.strides().begin(), t.strides().end()); }
+
+// Merges the dimensions `sizes` that lie behind one another in every tensor; nothing if more than three levels are
+// left.
+template <size_t n>
+static std::optional<Rows> merge(at::IntArrayRef sizes, const std::array<Strides, n>& strides,
+                                 const std::array<Steps*, n>& steps) {
+  struct Level {
+    int64_t size;
+    std::array<int64_t, n> steps;
+  };
+  c10::SmallVector<Level, 6> levels;
+  Rows rows{1, 1, 1, 1};
+  for (size_t d = 0; d < sizes.size(); d++) {
+    rows.count *= sizes[d];
+    if (sizes[d] == 1) continue;
+    Level level{sizes[d], {}};
+    bool behind = !levels.empty();
+    for (size_t i = 0; i < n; i++) {
+      level.steps[i] = strides[i][d];
+      behind = behind && levels.back().steps[i] == sizes[d] * level.steps[i];
+    }
+    if (behind) {
+      level.size *= levels.back().size;
+      levels.back() = level;
+    } else {
+      levels.push_back(level);
+    }
+  }
+  if (levels.size() > 3) return std::nullopt;
+  while (levels.size() < 3) levels.insert(levels.begin(), Level{1, {}});
+  rows.levels = levels[0].size > 1 ? 3 : levels[1].size > 1 ? 2 : 1;
+  rows.middle = levels[1].size;
+  rows.inner = levels[2].size;
+  for (size_t i = 0; i < n; i++) *steps[i] = {levels[0].steps[i], levels[1].steps[i], levels[2].steps[i]};
+  return rows;
+}
+
+// ---- parameters ----------------------------------------------------------------------------------------------------
+
+static void describe_work(Work& work, const at::Tensor& logits, double alpha, double beta, double s) {
+  TORCH_CHECK_VALUE(logits.size(1) <= (1 << 30), "at most 2^30 classes, got ", logits.size(1));
+  work.classes = static_cast<int>(logits.size(1));
+  work.ldam = alpha != 0;
+  work.focal = beta != 0;
+  work.s = s;
+}
+
+static Element element_of_table(const at::Tensor& table) {
+  switch (table.scalar_type()) {
+    case at::kHalf:
+      return Element::kHalf;
+    case at::kBFloat16:
+      return Element::kBFloat16;
+    case at::kFloat:
+      return Element::kFloat;
+    case at::kDouble:
+      return Element::kDouble;
+    default:
+      TORCH_CHECK_TYPE(false, "weights, margins and normalizers must be float16, bfloat16, float32 or float64, got ",
+                       table.scalar_type());
+  }
+}
+
+ForwardCall::ForwardCall(const at::Tensor& logits, const at::Tensor& target, const Tables& tables,
+                         const Coefficients& coefficients, int64_t ignore_index, int64_t reduction, int multiprocessors)
+    : logits_(logits), target_(target) {
+  auto& p = params;
+  std::optional<Rows> rows;
+  const auto find_rows = [&] {
+    rows = merge<2>(target_.sizes(), {row_strides(logits_), all_strides(target_)}, {&p.strides, &p.target_strides});
+  };
+  find_rows();
+  if (!rows) {
+    logits_ = logits.contiguous();
+    target_ = target.contiguous();
+    find_rows();
+  }
+  result = allocate_forward(logits_, target_, reduction);
+
+  p.logits = logits_.const_data_ptr();
+  p.target = target_.const_data_ptr<int64_t>();
+  const std::optional<at::Tensor>* given[] = {&tables.margins, &tables.ldam_weight, &tables.focal_weight,
+                                              &tables.ldam_normalizer, &tables.focal_normalizer};
+  const void** pointers[] = {&p.margins, &p.ldam_weight, &p.focal_weight, &p.ldam_normalizer, &p.focal_normalizer};
+  for (int i = 0; i < 5; i++) {
+    tables_.push_back(given[i]->value_or(at::Tensor()));
+    if (!*given[i]) continue;
+    const at::Tensor& table = **given[i];
+    *pointers[i] = table.const_data_ptr();
+    p.tables[i] = {table.dim() ? table.stride(0) : 0, element_of_table(table)};
+  }
+  p.loss = result.loss.mutable_data_ptr();
+  p.stats = result.stats.mutable_data_ptr();
+  p.denominators = result.denominators.mutable_data_ptr();
+  p.stride_c = logits_.stride(1);
+  p.alpha = coefficients.alpha;
+  p.beta = coefficients.beta;
+  p.gamma = coefficients.gamma;
+  p.ignore_index = ignore_index;
+  p.reduction = static_cast<int>(reduction);
+  p.work.rows = *rows;
+  describe_work(p.work, logits_, coefficients.alpha, coefficients.beta, coefficients.s);
+
+  launch = plan_forward(p, element_of(logits_), multiprocessors);
+  if (needs_counter()) {
+    partials_ = at::empty({4, int64_t{launch.blocks}}, result.stats.options());
+    p.partials = partials_.mutable_data_ptr();
+  }
+}
+
+std::vector<at::Tensor> ForwardCall::tensors() const {
+  std::vector<at::Tensor> all{logits_, target_};
+  all.insert(all.end(), tables_.begin(), tables_.end());
+  all.insert(all.end(), {result.loss, result.stats, result.denominators, partials_});
+  return all;
+}
+
+BackwardCall::BackwardCall(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
+                           const at::Tensor& stats, const at::Tensor& denominators, double alpha, double beta, double s,
+                           int multiprocessors)
+    : grad_output_(grad_output),
+      logits_(logits),
+      target_(target),
+      stats_(stats),
+      denominators_(denominators),
+      grad_(at::empty_like(logits)),
+      grad_result_(grad_) {
+  auto& p = params;
+  std::optional<Rows> rows;
+  const auto find_rows = [&] {
+    const Strides outer = grad_output_.dim() ? all_strides(grad_output_) : all_strides(target_);
+    rows = merge<4>(target_.sizes(), {row_strides(logits_), row_strides(grad_), all_strides(target_), outer},
+                    {&p.strides, &p.grad_strides, &p.target_strides, &p.outer_strides});
+  };
+  find_rows();
+  if (!rows) {
+    logits_ = logits.contiguous();
+    target_ = target.contiguous();
+    grad_output_ = grad_output.contiguous();
+    grad_ = at::empty_like(logits_);
+    find_rows();
+  }
+  p.grad_output = grad_output_.const_data_ptr();
+  p.logits = logits_.const_data_ptr();
+  p.target = target_.const_data_ptr<int64_t>();
+  p.stats = stats_.const_data_ptr();
+  p.denominators = denominators_.const_data_ptr();
+  p.grad_logits = grad_.mutable_data_ptr();
+  p.stride_c = logits_.stride(1);
+  p.grad_stride_c = grad_.stride(1);
+  p.reduction = denominators_.numel() ? kMean : grad_output_.dim() ? kNone : kSum;
+  p.work.rows = *rows;
+  describe_work(p.work, logits_, alpha, beta, s);
+  launch = plan_backward(p, element_of(logits_), multiprocessors);
+}
+
+at::Tensor BackwardCall::result() const {
+  if (!grad_.is_same(grad_result_)) grad_result_.copy_(grad_);
+  return grad_result_;
+}
+
+}  // namespace cuda
+}  // namespace lmf

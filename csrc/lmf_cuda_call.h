@@ -1,0 +1,50 @@
+// From tensors to a launch. Nothing here needs a GPU: tests run it on CPU tensors and hand the launch to an emulator.
+#pragma once
+
+#include <vector>
+
+#include "lmf.h"
+#include "lmf_cuda.h"
+
+namespace lmf {
+namespace cuda {
+
+struct Coefficients {
+  double alpha, beta, gamma, s;
+};
+
+struct ForwardCall {
+  ForwardCall(const at::Tensor& logits, const at::Tensor& target, const Tables& tables,
+              const Coefficients& coefficients, int64_t ignore_index, int64_t reduction, int multiprocessors);
+  bool needed() const { return params.work.rows.count > 0 || params.reduction != kNone; }
+  bool needs_counter() const { return params.work.chunks > 1 || params.reduction != kNone; }
+  // What the pointers of `params` point to, in their order; the counter is not among them.
+  std::vector<at::Tensor> tensors() const;
+
+  ForwardParams params{};
+  Launch launch;
+  ForwardResult result;
+
+ private:
+  at::Tensor logits_, target_, partials_;
+  std::vector<at::Tensor> tables_;
+};
+
+struct BackwardCall {
+  BackwardCall(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
+               const at::Tensor& stats, const at::Tensor& denominators, double alpha, double beta, double s,
+               int multiprocessors);
+  bool needed() const { return params.work.rows.count > 0; }
+  std::vector<at::Tensor> tensors() const { return {grad_output_, logits_, target_, stats_, denominators_, grad_}; }
+  // The gradient, once the launch is enqueued.
+  at::Tensor result() const;
+
+  BackwardParams params{};
+  Launch launch;
+
+ private:
+  at::Tensor grad_output_, logits_, target_, stats_, denominators_, grad_, grad_result_;
+};
+
+}  // namespace cuda
+}  // namespace lmf

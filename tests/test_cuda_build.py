@@ -1,0 +1,122 @@
+"""The built CUDA library: no spills, what it holds, and the ops on fake CUDA tensors."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_emulator import ROOT, needs_cuda_build, ptx
+from torch._subclasses import FakeTensorMode
+
+import lmf_kernels
+from lmf_kernels import _ops, lmf_loss
+
+pytestmark = needs_cuda_build
+
+
+def cuobjdump():
+    """The tool's path: CUDA toolkits have it, and so has Triton."""
+    found = shutil.which("cuobjdump")
+    if found is None:
+        triton = pytest.importorskip("triton")
+        found = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return found
+
+
+def resources():
+    """(architecture, kernel) -> registers, stack and local bytes."""
+    command = [cuobjdump(), "-res-usage", _ops._C.__file__]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    table, arch = {}, ""
+    for line in text.splitlines():
+        if match := re.search(r"arch = sm_(\d+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function (\w+)", line):
+            kernel = match[1]
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", line):
+            table[arch, kernel] = tuple(map(int, match.groups()))
+    return table
+
+
+def test_no_kernel_spills_or_uses_local_memory(capsys):
+    table = resources()
+    architectures = set(re.findall(r"\d+\.\d+", _ops._C.cuda_architectures()))
+    assert {arch for arch, _ in table} == {arch.replace(".", "") for arch in architectures}
+    assert len(table) == len(architectures) * 54
+    with capsys.disabled():
+        for (arch, kernel), (registers, stack, local) in sorted(table.items()):
+            if stack or local:
+                print(f"sm_{arch} {kernel}: {registers} registers, stack {stack}, local {local}")
+    assert all(stack == 0 and local == 0 and registers <= 255 for registers, stack, local in table.values())
+
+
+def test_library_size():
+    assert Path(_ops._C.__file__).stat().st_size < 20e6
+
+
+def test_cuda_files_include_no_tensor_library():
+    for file in (ROOT / "csrc").glob("*.cu*"):
+        assert not re.search(r"#include <(ATen|c10|torch)", file.read_text()), file
+
+
+@pytest.mark.parametrize("step", ["forward", "backward"])
+def test_rows_are_finished_with_accurate_functions(step):
+    """No lg2.approx (wrong near 1) and no other fast-math; only the exponentials of elements are approximate."""
+    for name, text in ptx(step, 90).items():
+        approximate = set(re.findall(r"\b(\w+\.approx[\w.]*)", text))
+        assert approximate <= {"ex2.approx.ftz.f32", "rcp.approx.ftz.f64"}, (name, approximate)
+        assert "div.full" not in text
+
+
+def fake(shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_loss_and_gradient_of_fake_cuda_tensors(reduction, dtype):
+    """Without a GPU, autograd's engine does not run for CUDA tensors of any kind: its node and the op are asked."""
+    with FakeTensorMode():
+        logits, target = fake((4, 5, 3), dtype).transpose(0, 2).requires_grad_(), fake((3, 4), torch.int64)
+        loss = lmf_loss(logits, target, reduction=reduction, weight=fake((5,)), backend="native")
+        assert loss.device.type == "cuda" and loss.shape == (target.shape if reduction == "none" else ())
+        assert loss.requires_grad and "FusedLoss" in loss.grad_fn.name()
+        _, stats, denominators = forward_op(logits, target, reduction)
+        grad = _ops.OPS["native"][1](torch.ones_like(loss), logits, target, stats, denominators, 1.0, 1.0, 30.0)
+        assert grad.device == logits.device and grad.dtype == dtype
+        assert grad.stride() == torch.empty_like(logits).stride()
+
+
+def forward_op(logits, target, reduction="mean"):
+    code = ("none", "mean", "sum").index(reduction)
+    return _ops.OPS["native"][0](logits, target, *[None] * 5, 1.0, 1.0, 1.5, 30.0, -100, code)
+
+
+def test_ops_have_cuda_kernels_and_pass_opcheck_as_far_as_it_goes_without_a_gpu():
+    forward, backward = _ops.OPS["native"]
+    for op in (forward, backward):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CUDA")
+    assert "cuda" in lmf_kernels._ops._C.devices()
+    assert "native" in _ops.available_backends(torch.device("cuda"))
+    with FakeTensorMode():
+        logits, target = fake((4, 5)).requires_grad_(), fake((4,), torch.int64)
+        arguments = (logits, target, None, fake((5,)), None, None, None, 1.0, 1.0, 1.5, 30.0, -100, 1)
+        torch.library.opcheck(forward, arguments, test_utils="test_autograd_registration")
+        loss, stats, denominators = forward(*arguments)
+        arguments = (torch.ones_like(loss), logits, target, stats, denominators, 1.0, 1.0, 30.0)
+        torch.library.opcheck(backward, arguments, test_utils="test_autograd_registration")
+
+
+def test_graph_of_cuda_tensors_holds_one_op():
+    """What torch.export and torch.compile see."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with FakeTensorMode():
+        graph = make_fx(lambda z, y: forward_op(z, y))(fake((4, 5)), fake((4,), torch.int64)).graph
+    assert [node.target for node in graph.nodes if node.op == "call_function" and "get" not in str(node.target)] == [
+        _ops.OPS["native"][0]
+    ]

@@ -1,0 +1,148 @@
+"""Shapes, strides, storage offsets, target dtypes: everything F.cross_entropy reads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checks import DTYPES, accumulated, assert_exact, check
+from oracle import expected
+from pairwise import pairs
+
+from lmf_kernels import lmf_loss
+
+SHAPES = [(6,), (1,), (5, 6), (1, 1), (5, 6, 3), (2, 6, 3, 4), (2, 6, 3, 2, 4), (2, 3, 2, 2, 2, 2), (4, 1, 3)]
+
+
+def target_of(logits):
+    if logits.dim() == 1:
+        return torch.tensor(logits.shape[0] - 1)
+    return torch.randint(0, logits.shape[1], (logits.shape[0], *logits.shape[2:]))
+
+
+@pairs(shape=SHAPES, reduction=("none", "mean", "sum"), dtype=DTYPES)
+def test_shapes(shape, reduction, dtype, backend):
+    logits = torch.randn(shape).to(dtype)
+    target = target_of(logits)
+    classes = shape[0] if len(shape) == 1 else shape[1]
+    outer = torch.rand(target.shape if reduction == "none" else (), dtype=accumulated(dtype))
+    check(
+        logits,
+        target,
+        backend,
+        outer,
+        margins=torch.rand(classes),
+        weight=torch.rand(classes) + 0.1,
+        reduction=reduction,
+    )
+
+
+def _layouts():
+    """name -> logits that hold their elements in an unusual order."""
+    base = torch.randn(4, 6, 5, 8)
+    wide = torch.randn(3000)
+    return {
+        "channels_last": base.contiguous(memory_format=torch.channels_last),
+        "transposed": torch.randn(6, 9).t(),
+        "transposed_spatial": base.transpose(2, 3),
+        "permuted": base.permute(3, 2, 1, 0),
+        "class_last": torch.randn(4, 5, 6).movedim(-1, 1),
+        "class_sliced": torch.randn(7, 20)[:, 3:17:2],
+        "row_sliced": torch.randn(20, 7)[3::4],
+        "offset": torch.randn(8, 9)[1:, 2:],
+        "spatial_sliced": base[:, 1:, 1:4:2, ::3],
+        "channels_last_sliced": base.contiguous(memory_format=torch.channels_last)[:, 1:, :, 2:6],
+        "expanded_rows": torch.randn(1, 6).expand(5, 6),
+        "expanded_classes": torch.randn(5, 1).expand(5, 6),
+        "expanded_everything": torch.randn(()).expand(3, 4, 2),
+        "overlapping": wide.as_strided((5, 6), (2, 1)),
+        "odd_row_stride": wide.as_strided((8, 16), (17, 1), 1),
+        "swapped_strides": wide.as_strided((8, 16), (1, 9), 3),
+        "one_dimension_strided": wide[5:29:4],
+        "channels_last_3d": torch.randn(2, 6, 2, 3, 2).contiguous(memory_format=torch.channels_last_3d),
+        "one_row_of_odd_stride": wide.as_strided((1, 6), (1, 1)),
+        "one_class_of_odd_stride": wide.as_strided((6, 1, 2), (2, 999, 1)),
+    }
+
+
+@pairs(name=list(_layouts()), dtype=(torch.float32, torch.bfloat16), reduction=("none", "mean"))
+def test_strides(name, dtype, reduction, backend):
+    logits = _layouts()[name]
+    if dtype != torch.float32:  # the same strides in the other dtype
+        storage = torch.randn(logits.untyped_storage().nbytes() // 4).to(dtype)
+        logits = storage.as_strided(logits.shape, logits.stride(), logits.storage_offset())
+    target = target_of(logits)
+    outer = torch.rand(target.shape if reduction == "none" else ())
+    check(logits, target, backend, outer, reduction=reduction, margins=torch.rand(_classes(logits)))
+
+
+def _classes(logits):
+    return logits.shape[0] if logits.dim() == 1 else logits.shape[1]
+
+
+@pytest.mark.parametrize("how", ["transposed", "sliced", "expanded", "offset"])
+def test_target_strides(how, backend):
+    target = {
+        "transposed": torch.randint(0, 6, (5, 4)).t(),
+        "sliced": torch.randint(0, 6, (8, 10))[::2, 1::2],
+        "expanded": torch.tensor([[1], [2], [3], [5]]).expand(4, 5),
+        "offset": torch.randint(0, 6, (5, 7))[1:, 2:],
+    }[how]
+    assert target.shape == (4, 5)
+    check(torch.randn(4, 6, 5), target, backend, torch.rand(4, 5), reduction="none")
+    check(torch.randn(4, 5, 6).movedim(-1, 1), target, backend)
+
+
+@pytest.mark.parametrize("which", ["margins", "weight", "ldam_weight", "focal_weight"])
+@pytest.mark.parametrize("how", ["sliced", "expanded", "reversed", *DTYPES])
+def test_vectors_of_any_stride_and_dtype(which, how, backend):
+    values = torch.rand(12) + 0.1
+    vector = {
+        "sliced": lambda: values[1::2],
+        "expanded": lambda: values[:1].expand(6),
+        "reversed": lambda: values[:6].flip(0),
+    }.get(how, lambda: values[:6].to(how))()
+    z, y = torch.randn(9, 6), torch.randint(0, 6, (9,))
+    check(z, y, backend, **{which: vector})
+    check(z.double(), y, backend, **{which: vector})
+    check(z.bfloat16(), y, backend, **{which: vector})
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 2), (2, 3, 0), (2, 3, 4, 0), (0, 3, 0)])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_empty(shape, reduction, backend):
+    check(torch.randn(shape), torch.zeros(shape[:1] + shape[2:], dtype=torch.long), backend, reduction=reduction)
+
+
+@pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 6, 3, 4)])
+def test_uint8_labels(shape, backend):
+    logits = torch.randn(shape)
+    target = target_of(logits)
+    check(logits, target.to(torch.uint8), backend)
+    if target.dim():
+        target.view(-1)[0] = 255
+        check(logits, target.to(torch.uint8), backend, ignore_index=255)
+
+
+def test_gradient_of_expanded_logits_reaches_their_base(backend):
+    base, y = torch.randn(1, 6, requires_grad=True), torch.randint(0, 6, (5,))
+    lmf_loss(base.expand(5, 6), y, backend=backend).backward()
+    assert_exact(base.grad, expected(base.expand(5, 6), y)[1].sum(0, keepdim=True))
+
+
+def test_gradient_with_parts_that_do_not_require_it(backend):
+    """A view of a larger tensor: the rest of it gets exact zeros."""
+    z, y = torch.randn(4, 10, requires_grad=True), torch.randint(0, 6, (4,))
+    lmf_loss(z[:, 2:8], y, backend=backend).backward()
+    assert (z.grad[:, :2] == 0).all() and (z.grad[:, 8:] == 0).all()
+    assert_exact(z.grad[:, 2:8], expected(z[:, 2:8], y)[1])
+
+
+@pytest.mark.parametrize("stride", [(2**31 + 8, 1), (1, 2**31 // 8 + 1), (2**30, 2**29)])
+def test_offsets_beyond_32_bits(stride, backend):
+    """A few elements spread over more than 2^31: the pages between are never touched."""
+    rows, classes = 2, 9
+    size = (rows - 1) * stride[0] + (classes - 1) * stride[1] + 1
+    assert size > 2**31
+    logits = torch.empty(size, dtype=torch.bfloat16).as_strided((rows, classes), stride)
+    logits.copy_(torch.randn(rows, classes))
+    check(logits, torch.tensor([8, 3]), backend, torch.rand(2), reduction="none")
