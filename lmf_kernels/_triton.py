@@ -4,6 +4,7 @@ This file finds out where the rows are in memory (`_levels`), picks the shape of
 no tuning at run time) and launches. Plans are cached by shape and strides, so that the second call does a look-up.
 """
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton_kernels import Terms, Tile, backward_kernel, forward_kernel
+from ._triton_kernels import Tile, backward_kernel, forward_kernel
+from ._triton_math import Terms
 from .reference import MEAN, NONE, SUM
 
 LANES = 128  # of a tile; a row of many classes takes more
@@ -52,21 +54,22 @@ def forward(
     loss = torch.empty(target.shape if reduction == NONE else (), dtype=acc, device=logits.device)
     stats = torch.empty((5, plan.rows), dtype=acc, device=logits.device)
     denominators = torch.empty((2 if reduction == MEAN else 0,), dtype=acc, device=logits.device)
-    partials = counter = None
-    if reduction != NONE or plan.tile.chunk < plan.tile.C:
-        partials = torch.empty((4 * plan.programs,), dtype=acc, device=logits.device)
-        counter = device.counter()
-    elif plan.rows == 0:
+    if reduction == NONE and plan.rows == 0:
         return loss, stats, denominators
-    tensors = (
-        logits, target, margins, ldam_weight, focal_weight, ldam_normalizer, focal_normalizer,
-        loss, stats, denominators, partials, counter,
-    )  # fmt: skip
-    # A product fused into the first addition of a reduction is rounded differently from lane to lane.
-    _launch(
-        forward_kernel, device, plan, tensors, (alpha, beta, gamma, s, ignore_index, *plan.arguments),
-        _terms(alpha, beta, s), reduction, enable_fp_fusion=False,
-    )  # fmt: skip
+    with device.made_current():
+        partials = counter = None
+        if reduction != NONE or plan.tile.chunk < plan.tile.C:
+            partials = torch.empty((4 * plan.programs,), dtype=acc, device=logits.device)
+            counter = device.counter()
+        tensors = (
+            logits, target, margins, ldam_weight, focal_weight, ldam_normalizer, focal_normalizer,
+            loss, stats, denominators, partials, counter,
+        )  # fmt: skip
+        # A product fused into the first addition of a reduction is rounded differently from lane to lane.
+        _launch(
+            forward_kernel, device, plan, tensors, (alpha, beta, gamma, s, ignore_index, *plan.arguments),
+            _terms(alpha, beta, s), reduction, enable_fp_fusion=False,
+        )  # fmt: skip
     return loss, stats, denominators
 
 
@@ -229,16 +232,17 @@ def _forward_plan(
     tile = _tile(C, levels, (strides[1],), itemsize, FLAT_FORWARD, device)
     rows, step = levels.rows, tile.K * tile.LPR * tile.V
     sub = 1
-    if tile.RT == 1 and step < C and 0 < 2 * rows <= 4 * device.multiprocessors:
-        # Too few rows to fill the machine: a row is split into chunks of several steps.
-        tile = tile._replace(chunk=_ceil_div(_ceil_div(C, step), 4 * device.multiprocessors // rows) * step)
+    if tile.RT == 1 and step < C and 0 < rows <= 2 * device.multiprocessors:
+        # Too few rows to fill the machine: each is split. Powers of two, so that few kernels serve all numbers of rows.
+        steps = _power_of_2(_ceil_div(rows * _ceil_div(C, step), 4 * device.multiprocessors))
+        tile = tile._replace(chunk=steps * step)
         programs = rows * _ceil_div(C, tile.chunk)
     else:
-        if tile.LPR > 1:  # a unit finishes several tiles at once, but the units fill the machine
+        if tile.LPR > 1:  # a unit finishes several tiles at once, as long as there are units enough
             most, units = (tile.LPR, 3) if tile.LPR <= 32 else (8, 8)
             fitting = rows // (tile.RT * units * device.multiprocessors)
             sub = min(most, _power_of_2(fitting + 1) // 2) if fitting else 1
-        # Programs beyond those that run at once, and those that finish less than 16 rows, only cost partial sums.
+        # More programs than run at once, or with less than 16 rows each, only cost partial sums.
         most = min(16 * device.multiprocessors, max(2 * device.multiprocessors, rows // 16))
         programs = max(1, min(_units(levels, tile, sub), most))
     arguments = (rows, levels.middle, levels.inner, *levels.strides[0], strides[1], *levels.strides[1], sub)
@@ -275,11 +279,11 @@ def _backward_plan(
 class _Device:
     """What launches need to know of a device, and the counters of its forward launches.
 
-    A counter is zero between launches, and no two launches that may overlap share one:
-    * eager launches have one for each stream, zeroed on that stream; launches of one stream follow one another;
+    A counter is zero between launches, and launches that may overlap have different ones:
+    * eager launches have one for each stream, zeroed on that stream, and launches of one stream do not overlap;
     * a launch under graph capture takes one that is never given to another, since graphs captured on one stream may
-      replay at the same time. Its replays follow one another. These counters are made by eager calls beforehand,
-      because what is allocated and zeroed under capture would be zeroed again by every replay, while others count.
+      replay at the same time, but replays of one graph do not. These are made by eager calls beforehand: what is
+      allocated and zeroed under capture would be zeroed by every replay, at a time when another may be counting.
     """
 
     SPARE = 1024
@@ -293,11 +297,17 @@ class _Device:
         self._of_stream: dict[int, Tensor] = {}
         self._spare: list[Tensor] = []
 
+    def made_current(self) -> contextlib.AbstractContextManager[Any]:
+        """Triton launches on the current device."""
+        if not self.on_gpu or self.device.index == torch.cuda.current_device():
+            return _NOTHING
+        return torch.cuda.device(self.device)
+
     def stream(self) -> int:
         return torch._C._cuda_getCurrentRawStream(self.device.index) if self.on_gpu else 0
 
     def counter(self) -> Tensor:
-        """A zero int32 for one launch on the current stream, aligned like every tensor."""
+        """A zero int32 for one launch on the current stream, aligned as the kernel was compiled for."""
         if self.on_gpu and torch.cuda.is_current_stream_capturing():
             if not self._spare:
                 raise RuntimeError("warm up first: call the loss once on this device before CUDA graph capture")
@@ -308,6 +318,9 @@ class _Device:
         if stream not in self._of_stream:
             self._of_stream[stream] = torch.zeros(4, dtype=torch.int32, device=self.device)
         return self._of_stream[stream]
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 @functools.cache
@@ -329,16 +342,14 @@ def _launch(
 
     Triton compiles for the plan's integers, for dtypes and for pointers divisible by 16; only that case is kept here.
     """
-    if device.on_gpu and device.device.index != torch.cuda.current_device():
-        with torch.cuda.device(device.device):
-            return _launch(kernel, device, plan, tensors, scalars, terms, reduction, **options)
     variant = (terms, reduction, *(None if tensor is None else tensor.dtype for tensor in tensors))
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     aligned = all(pointer is None or pointer % 16 == 0 for pointer in pointers)
     compiled = plan.compiled.get(variant) if aligned else None
     if compiled is not None:
         launch = compiled[(plan.programs, 1, 1)]
-        return launch(*pointers, *scalars, plan.tile, terms, reduction, stream=device.stream())
+        launch(*pointers, *scalars, plan.tile, terms, reduction, stream=device.stream())
+        return
     try:
         compiled = kernel[(plan.programs,)](
             *tensors, *scalars, plan.tile, terms, reduction, num_warps=plan.num_warps, **options
@@ -352,4 +363,3 @@ def _launch(
         ) from error
     if compiled is not None and aligned:  # the interpreter and the emulator return nothing
         plan.compiled[variant] = compiled
-    return None

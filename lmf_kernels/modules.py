@@ -107,8 +107,8 @@ class LMFLoss(_Loss):
     computed by one fused forward and one fused backward kernel.
 
     The defaults are the paper's (alpha = beta = 1, gamma 1.5) and LDAM's (max_m 0.5, s 30). s = 30 assumes the
-    normalised (cosine) classifier of LDAM-DRW, whose logits lie in [-1, 1]; after a plain linear layer a smaller
-    scale is usually better, and s = 1 is the paper's equation 2 to the letter.
+    normalised (cosine) classifier of LDAM-DRW, whose logits lie in [-1, 1]; after a plain linear layer it acts like a
+    larger learning rate (docs/choosing.md). s = 1 is the paper's equation 2 to the letter.
 
     Args:
         cls_num_list: training samples per class, each >= 1, length C; see `class_counts`.

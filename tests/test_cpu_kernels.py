@@ -1,0 +1,54 @@
+"""The CPU kernels of every instruction set, and their independence of the number of threads."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checks import INTERPRETED
+
+from lmf_kernels import lmf_loss
+
+ROOT = Path(__file__).parents[1]
+FILES = ("test_edges.py", "test_layouts.py", "test_pairwise.py", "test_precision.py")
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="native kernels do not run in the interpreter")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["baseline", "avx2"])
+def test_lower_instruction_sets_pass_the_same_tests(capability):
+    """The other test files run the best kernels of this machine."""
+    environment = {**os.environ, "LMF_CPU_CAPABILITY": capability, "LMF_TEST_BACKENDS": "native"}
+    shown = "from lmf_kernels._ops import cpu_capability as c; print(c())"
+    found = subprocess.run([sys.executable, "-c", shown], cwd=ROOT, env=environment, capture_output=True, text=True)
+    if found.stdout.strip() != capability:
+        pytest.skip(f"this CPU has no {capability}")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+    run = subprocess.run([*command, *(f"tests/{file}" for file in FILES)], cwd=ROOT, env=environment, text=True,
+                         capture_output=True)  # fmt: skip
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
+
+
+@pytest.mark.parametrize("shape", [(5000, 7), (3000, 23), (300, 1000), (3, 5, 96, 96), (40, 8142)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_threads_change_no_bit(shape, reduction):
+    logits = torch.randn(shape)
+    target = torch.randint(0, shape[1], (shape[0], *shape[2:]))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            z = logits.clone().requires_grad_()
+            loss = lmf_loss(z, target, reduction=reduction, backend="native")
+            loss.backward(torch.ones_like(loss))
+            results.append((loss.detach(), z.grad))
+    finally:
+        torch.set_num_threads(threads)
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(grad, results[0][1])

@@ -1,0 +1,24 @@
+"""The speed report runs and writes what it says, at tiny sizes; its numbers are not judged here."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_quick_report(tmp_path):
+    command = [sys.executable, "benchmarks/speed_report.py", "--quick", "--out", tmp_path]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "LMF/CE" in run.stdout
+    with (tmp_path / "speed.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["shape"] for row in rows] == ["32x8", "64x100", "2x5x16x16"]
+    assert all(float(row["ratio"]) > 0 for row in rows)
+    for name in ("time_by_classes.png", "speedup.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
