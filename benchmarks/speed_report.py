@@ -202,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that everything runs")
     options = parser.parse_args(arguments)
-    device, rounds = options.device, 3 if options.quick else 15
+    device, rounds = options.device, 3 if options.quick else 9
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
 

@@ -248,12 +248,17 @@ def test_ctrl_c_keeps_the_finished_trainings(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background job ignores SIGINT, and so would this process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    finished = 0
-    while finished < 3:
-        finished += "test macro F1" in process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    rest, errors = process.communicate(timeout=60)
+    try:
+        finished = 0
+        while finished < 3 and process.poll() is None:
+            finished += "test macro F1" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, errors
     assert "Traceback" not in errors and "interrupted" in errors
     records = json.loads((out / "results.json").read_text())["records"]
