@@ -1,4 +1,4 @@
-"""Fair measurements on a noisy machine: interleaved rounds, ratios within a round, peaks of memory, the copy limit."""
+"""Fair measurements on a noisy machine: interleaved rounds, ratios within a round, the copy limit."""
 
 import statistics
 import time
@@ -116,27 +116,6 @@ def copy_bandwidth(device: torch.device, size: int = 1 << 28) -> float:
     source, destination = torch.ones(2, size // 4, device=device).unbind()
     seconds = interleaved({"copy": lambda: destination.copy_(source)}, device, 7)
     return 2 * size / statistics.median(seconds["copy"])
-
-
-def peak_beyond(run: Callable[[], object], device: torch.device) -> int:
-    """Bytes by which memory in use peaks above its state before `run`."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (Linux)
-    before = _status("VmRSS")
-    run()
-    return _status("VmHWM") - before
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
 
 
 def machine(device: torch.device) -> str:

@@ -296,13 +296,14 @@ def _finish_split(
 ):  # fmt: skip
     """All rows from the sums of their chunks, and the loss."""
     CHUNKS: tl.constexpr = triton.cdiv(TILE.C, TILE.chunk)
-    B: tl.constexpr = 32
+    PARTS: tl.constexpr = triton.next_power_of_2(CHUNKS)
+    B: tl.constexpr = max(16, TILE.LPR // PARTS)  # a thread for each of the B * PARTS sums
     rows, _, inner = sizes
     _, _, _, s = hyper
     acc: tl.constexpr = s.dtype
     zero = tl.zeros([B], acc)
     ldam, focal, weight, kept = zero, zero, zero, zero
-    chunk = tl.arange(0, triton.next_power_of_2(CHUNKS))[None, :]
+    chunk = tl.arange(0, PARTS)[None, :]
     for first in range(0, tl.cast(rows, tl.int32), B):
         row = first + tl.arange(0, B).to(tl.int64)
         place = row, row // inner, row % inner, row < rows
