@@ -61,7 +61,7 @@ CASES = (
     Case("middle", (16384, 1001), (128, 1001)),
     Case("middle", (4096, 8192), (32, 8192)),
     Case("large", (4096, 32000), (32, 32000)),
-    Case("large, split rows", (128, 128256), (1, 128256)),
+    Case("large, split rows", (128, 128256), (4, 128256)),
     Case("dense", (16, 2, 512, 512), (1, 2, 64, 64)),
     Case("dense", (16, 5, 512, 512), (1, 5, 64, 64)),
     Case("dense", (16, 21, 512, 512), (1, 21, 64, 64)),
@@ -100,15 +100,23 @@ class Kernel(NamedTuple):
     function: Any
     plan: Any
     arguments: tuple[Any, ...]
-    options: dict[str, Any]
+
+
+def padded(kernel: Kernel) -> int:
+    """Classes that a row is worked on with, those included that only fill up the tile."""
+    tile = kernel.plan.tile
+    if tile.flat and kernel.function is _triton.backward_kernel:
+        return tile.C
+    step = tile.K * tile.LPR * tile.V
+    return -(-tile.C // step) * step
 
 
 def kernels(case: Case, dtype: torch.dtype, s: float = 30.0) -> dict[str, Kernel]:
     """The forward and the backward launch at the case's full size, for which no memory is touched."""
     found: list[Kernel] = []
 
-    def hold(kernel, device, plan, tensors, scalars, terms, reduction, **options):  # type: ignore[no-untyped-def]
-        found.append(Kernel(kernel, plan, (*tensors, *scalars, plan.tile, terms, reduction), options))
+    def hold(kernel, device, plan, tensors, scalars, terms, reduction):  # type: ignore[no-untyped-def]
+        found.append(Kernel(kernel, plan, (*tensors, *scalars, plan.tile, terms, reduction)))
 
     # Untouched memory costs nothing: the operating system hands out its pages at the first write.
     logits = torch.empty(case.full, dtype=dtype)
@@ -140,8 +148,8 @@ def compiled(kernel: Kernel, target: str) -> Any:
     values = dict(zip(function.arg_names, kernel.arguments, strict=True))
     signature, constants, attributes = specialise(function, values, {n: 0 for n, v in values.items() if is_tensor(v)})
     source = triton.compiler.ASTSource(function, signature, constants, attributes)
-    num_warps = max(1, kernel.plan.num_warps * 32 // TARGETS[target].warp_size)
-    return triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps, **kernel.options})
+    num_warps = max(1, kernel.plan.options["num_warps"] * 32 // TARGETS[target].warp_size)
+    return triton.compile(source, target=TARGETS[target], options={**kernel.plan.options, "num_warps": num_warps})
 
 
 def resources(kernel: Kernel, target: str) -> Resources:
@@ -248,7 +256,8 @@ class Whole(NamedTuple):
     """Forward and backward of a loss, through autograd."""
 
     moved: float  # bytes of logits and gradient, read and written, over the logits' size
-    row_bytes: float
+    row_bytes: float  # all others
+    bytes: float  # the sum of both
     launches: int  # of Triton kernels
     operations: tuple[str, ...]  # other operations on the device
 
@@ -272,7 +281,7 @@ def whole(loss: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...], dtyp
                 big += counts["ld_useful"] + counts["st_useful"]
             elif name not in TABLES:
                 small += counts["ld_unique"] + counts["st_unique"]
-    return Whole(big / size, small / shape[0], len(launches), tuple(operations.names))
+    return Whole(big / size, small / shape[0], big + small, len(launches), tuple(operations.names))
 
 
 # ---- host time ------------------------------------------------------------------------------------------------------

@@ -56,11 +56,23 @@ def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def resource_table(cases: Sequence[Case], dtypes: Sequence[torch.dtype], targets: Sequence[str]) -> str:
-    def cell(found: Resources) -> str:
-        spills = f", {found.spilled} B spilled" if found.spilled else ""
-        return f"{found.registers}" + spills + (f", {found.local} B local" if found.local else "")
+def resource_row(case: Case, dtype: torch.dtype, found: dict[tuple[str, str], Resources]) -> tuple[object, ...]:
+    """Registers of (step, target), and what was spilled if anything was."""
 
+    def cell(one: Resources) -> str:
+        spills = f", {one.spilled} B spilled" if one.spilled else ""
+        return f"{one.registers}" + spills + (f", {one.local} B local" if one.local else "")
+
+    targets = dict.fromkeys(target for _, target in found)
+    return (
+        case.regime,
+        case,
+        name(dtype),
+        *(" / ".join(cell(found[step, target]) for step in STEPS) for target in targets),
+    )
+
+
+def resource_table(cases: Sequence[Case], dtypes: Sequence[torch.dtype], targets: Sequence[str]) -> str:
     rows = []
     for case in cases:
         for dtype in dtypes:
@@ -69,30 +81,30 @@ def resource_table(cases: Sequence[Case], dtypes: Sequence[torch.dtype], targets
                 for step, kernel in kernels(case, dtype).items()
                 for target in targets
             }
-            cells = (" / ".join(cell(found[step, target]) for step in STEPS) for target in targets)
-            rows.append((case.regime, case, name(dtype), *cells))
+            rows.append(resource_row(case, dtype, found))
     return table(("regime", "logits", "dtype", *targets), rows)
 
 
-def traffic_table(cases: Sequence[Case], dtypes: Sequence[torch.dtype]) -> str:
-    rows = []
-    for case in cases:
-        for dtype in dtypes:
-            found = traffic(case, dtype)
-            ahead, back = (found[step] for step in STEPS)
-            rows.append((
-                case, name(dtype), f"{ahead.width} B",
-                f"{ahead.read:.3f} / {back.read:.3f} + {back.written:.3f}",
-                f"{ahead.read_sectors:.2f} / {back.read_sectors:.2f} + {back.written_sectors:.2f}",
-                pair(ahead, back, "row_bytes"), pair(ahead, back, "exponentials", 2),
-                pair(ahead, back, "mufu_a_row"), pair(ahead, back, "instructions"),
-                pair(ahead, back, "shared_wavefronts"),
-            ))  # fmt: skip
-    header = (
-        "logits", "dtype", "load", "read / read + written", "sectors", "other B a row", "ex2 an element",
-        "other MUFU a row", "instructions", "shared a row",
+TRAFFIC = (
+    "logits", "dtype", "load", "read / read + written", "sectors", "other B a row", "ex2 an element",
+    "other MUFU a row", "instructions", "shared a row",
+)  # fmt: skip
+
+
+def traffic_row(case: Case, dtype: torch.dtype, found: dict[str, Traffic]) -> tuple[object, ...]:
+    ahead, back = (found[step] for step in STEPS)
+    return (
+        case, name(dtype), f"{ahead.width} B",
+        f"{ahead.read:.3f} / {back.read:.3f} + {back.written:.3f}",
+        f"{ahead.read_sectors:.2f} / {back.read_sectors:.2f} + {back.written_sectors:.2f}",
+        pair(ahead, back, "row_bytes"), pair(ahead, back, "exponentials", 2), pair(ahead, back, "mufu_a_row"),
+        pair(ahead, back, "instructions"), pair(ahead, back, "shared_wavefronts"),
     )  # fmt: skip
-    return table(header, rows)
+
+
+def traffic_table(cases: Sequence[Case], dtypes: Sequence[torch.dtype]) -> str:
+    rows = (traffic_row(case, dtype, traffic(case, dtype)) for case in cases for dtype in dtypes)
+    return table(TRAFFIC, rows)
 
 
 def pair(ahead: Traffic, back: Traffic, field: str, digits: int = 1) -> str:
@@ -130,13 +142,22 @@ def peer_table(found: dict[str, Whole]) -> str:
             who,
             f"{one.moved:.3f}",
             f"{one.row_bytes:.0f}",
+            f"{one.bytes:.0f}",
             one.launches,
             len(one.operations),
             " ".join(one.operations) or "-",
         )
         for who, one in found.items()
     )
-    header = ("", "logits + gradient moved", "other B a row", "Triton launches", "other device operations", "which")
+    header = (
+        "",
+        "logits + gradient moved",
+        "other B a row",
+        "bytes in all",
+        "Triton launches",
+        "other operations",
+        "which",
+    )
     return table(header, rows)
 
 

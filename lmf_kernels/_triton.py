@@ -19,7 +19,9 @@ from .reference import MEAN, NONE, SUM
 LANES = 128  # of a tile; a row of many classes takes more
 ROW_LANES = 256  # at most, of one row
 LANE_CLASSES = 32  # at most, in the registers of a lane
-FLAT_FORWARD, FLAT_BACKWARD = 64, 16  # most classes of rows that are loaded (and stored) flat
+FLAT_ELEMENTS = 1024  # of a tile in backward
+FLAT_CLASSES = 64  # at most, of rows that are loaded (and stored) flat
+SECTOR = 32  # bytes that memory moves at once
 
 
 def forward(
@@ -65,11 +67,8 @@ def forward(
             logits, target, margins, ldam_weight, focal_weight, ldam_normalizer, focal_normalizer,
             loss, stats, denominators, partials, counter,
         )  # fmt: skip
-        # A product fused into the first addition of a reduction is rounded differently from lane to lane.
-        _launch(
-            forward_kernel, device, plan, tensors, (alpha, beta, gamma, s, ignore_index, *plan.arguments),
-            _terms(alpha, beta, s), reduction, enable_fp_fusion=False,
-        )  # fmt: skip
+        scalars = alpha, beta, gamma, s, ignore_index, *plan.arguments
+        _launch(forward_kernel, device, plan, tensors, scalars, _terms(alpha, beta, s), reduction)
     return loss, stats, denominators
 
 
@@ -147,7 +146,7 @@ def _levels(sizes: tuple[int, ...], *strides: tuple[int, ...]) -> _Levels | None
 class _Plan(NamedTuple):
     rows: int
     programs: int
-    num_warps: int
+    options: dict[str, Any]  # of the compiler
     tile: Tile
     arguments: tuple[int, ...]  # sizes and strides, as the kernel takes them
     compiled: dict[tuple[Any, ...], Any]  # kernels by what else they depend on
@@ -170,10 +169,9 @@ def _common(width: int, *numbers: int) -> int:
     return bits & -bits
 
 
-def _tile(
-    C: int, levels: _Levels, class_strides: tuple[int, ...], itemsize: int, flat_classes: int, device: "_Device"
-) -> Tile:
+def _tile(C: int, levels: _Levels, class_strides: tuple[int, ...], itemsize: int, device: "_Device") -> Tile:
     """The table. class_strides are those of logits and, in backward, of their gradient."""
+    forward = len(class_strides) == 1
     strides = levels.strides[: len(class_strides)]
     wide = 16 // itemsize  # elements of a 128-bit load
     outer_strides = [step for steps in strides for step in steps[:2]]
@@ -182,7 +180,8 @@ def _tile(
     if C > 1 and inner_strides[0] < class_strides[0]:
         # Lanes are neighbouring rows, classes are walked a few at a time.
         align = _common(wide, levels.inner, *outer_strides, *class_strides) if set(inner_strides) == {1} else 1
-        K = _power_of_2(C) if C <= 8 else 32 // align
+        # In forward a thread also finishes its rows, which takes more registers the more they are.
+        K = min(_power_of_2(C), 16 // align if forward and align > 4 else 32 // align)
         lanes = LANES if levels.rows >= 4 * LANES * align * device.multiprocessors else 32
         RT = min(lanes * align, max(32, _power_of_2(levels.inner)))
         inner_tiles = levels.depth > 1 and levels.inner >= 32
@@ -192,9 +191,12 @@ def _tile(
 
     contiguous_rows = levels.depth == 1 and set(class_strides) == {1} and set(inner_strides) == {C}
     align = _common(wide, C, *outer_strides, *inner_strides) if set(class_strides) == {1} else 1
-    if contiguous_rows and align < min(C, wide) and flat_classes >= C:
-        K = _power_of_2(C)
-        return Tile(C, K, 1, 1, LANES, K, 1, False, True, 1)
+    if contiguous_rows and C * itemsize % SECTOR and align < C <= FLAT_CLASSES:
+        if forward:
+            K = _power_of_2(C)
+            return Tile(C, K, 1, 1, LANES, K, 1, False, True, 1)
+        RT = _power_of_2(FLAT_ELEMENTS // C + 2)  # rows that its elements may belong to
+        return Tile(C, FLAT_ELEMENTS // RT, 1, 1, RT, _power_of_2(C), 1, False, True, 1)
     if align == C:
         return Tile(C, 1, 1, C, LANES, C, levels.depth, False, False, C)
     # As many lanes a row as leave a few classes for each, but enough for a sector of memory.
@@ -212,9 +214,10 @@ def _units(levels: _Levels, tile: Tile, sub: int = 1) -> int:
     return _ceil_div(levels.rows, tile.RT * sub)
 
 
-def _lanes(tile: Tile) -> int:
-    """Threads that a tile keeps busy."""
-    return tile.RT * tile.LPR * tile.V // tile.align
+def _num_warps(tile: Tile, device: "_Device") -> int:
+    """As many as a tile keeps busy."""
+    lanes = LANES if tile.flat else tile.RT * tile.LPR * tile.V // tile.align
+    return lanes // device.warp_size or 1
 
 
 @functools.lru_cache(maxsize=1024)
@@ -229,7 +232,7 @@ def _forward_plan(
     levels = _levels(shape[:1] + shape[2:], strides[:1] + strides[2:], target_strides)
     if levels is None:
         return None
-    tile = _tile(C, levels, (strides[1],), itemsize, FLAT_FORWARD, device)
+    tile = _tile(C, levels, (strides[1],), itemsize, device)
     rows, step = levels.rows, tile.K * tile.LPR * tile.V
     sub = 1
     if tile.RT == 1 and step < C and 0 < rows <= 2 * device.multiprocessors:
@@ -246,7 +249,11 @@ def _forward_plan(
         most = min(16 * device.multiprocessors, max(2 * device.multiprocessors, rows // 16))
         programs = max(1, min(_units(levels, tile, sub), most))
     arguments = (rows, levels.middle, levels.inner, *levels.strides[0], strides[1], *levels.strides[1], sub)
-    return _Plan(rows, programs, _lanes(tile) // device.warp_size or 1, tile, arguments, {})
+    # A product fused into the first addition of a reduction is rounded differently from lane to lane.
+    options: dict[str, Any] = {"num_warps": _num_warps(tile, device), "enable_fp_fusion": False}
+    if tile.flat and tile.K > LANE_CLASSES and device.is_nvidia:
+        options["maxnreg"] = 168  # three programs a multiprocessor; left to itself the compiler spills to have four
+    return _Plan(rows, programs, options, tile, arguments, {})
 
 
 @functools.lru_cache(maxsize=1024)
@@ -266,13 +273,16 @@ def _backward_plan(
     )  # fmt: skip
     if levels is None:
         return None
-    tile = _tile(C, levels, (strides[1], grad_strides[1]), itemsize, FLAT_BACKWARD, device)
+    tile = _tile(C, levels, (strides[1], grad_strides[1]), itemsize, device)
     if tile.LPR > 1:
         tile = tile._replace(chunk=tile.K * tile.LPR * tile.V)
-    programs = _units(levels, tile) * _ceil_div(C, tile.chunk)
+    if tile.flat:
+        programs = _ceil_div(levels.rows * C, FLAT_ELEMENTS)
+    else:
+        programs = _units(levels, tile) * _ceil_div(C, tile.chunk)
     logits, grad, target, outer = levels.strides
     arguments = (levels.rows, levels.middle, levels.inner, *logits, strides[1], *grad, grad_strides[1], *target, *outer)
-    return _Plan(levels.rows, programs, _lanes(tile) // device.warp_size or 1, tile, arguments, {})
+    return _Plan(levels.rows, programs, {"num_warps": _num_warps(tile, device)}, tile, arguments, {})
 
 
 # ---- launching ------------------------------------------------------------------------------------------------------
@@ -294,6 +304,7 @@ class _Device:
         properties = torch.cuda.get_device_properties(device) if self.on_gpu else None
         self.multiprocessors = properties.multi_processor_count if properties else 132
         self.warp_size = getattr(properties, "warp_size", 32)
+        self.is_nvidia = torch.version.hip is None
         self._of_stream: dict[int, Tensor] = {}
         self._spare: list[Tensor] = []
 
@@ -336,7 +347,6 @@ def _launch(
     scalars: Sequence[float],
     terms: Terms,
     reduction: int,
-    **options: Any,
 ) -> None:
     """kernel(*tensors, *scalars), by Triton's own launcher at first and then directly by the kernel it compiled.
 
@@ -351,9 +361,7 @@ def _launch(
         launch(*pointers, *scalars, plan.tile, terms, reduction, stream=device.stream())
         return
     try:
-        compiled = kernel[(plan.programs,)](
-            *tensors, *scalars, plan.tile, terms, reduction, num_warps=plan.num_warps, **options
-        )
+        compiled = kernel[(plan.programs,)](*tensors, *scalars, plan.tile, terms, reduction, **plan.options)
     except (RuntimeError, ValueError) as error:
         if device.on_gpu or not ("active drivers" in str(error) or "cpu tensor" in str(error)):
             raise

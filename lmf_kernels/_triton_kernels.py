@@ -61,20 +61,26 @@ def _sizes(rows, middle, inner, TILE: tl.constexpr):
 
 
 @triton.jit
+def _numbered(row, sizes):
+    """(row, outer, i_2, exists) of rows by their number, int64."""
+    rows, _, inner = sizes
+    return row, row // inner, row % inner, row < rows
+
+
+@triton.jit
 def _place(unit, i, n, sub, sizes, TILE: tl.constexpr):
     """(row, outer, i_2, exists) of the rows (unit * RT + i) * sub + n.
 
     row = outer * inner + i_2 and outer = i_0 * middle + i_1, with sizes = (rows, middle, inner).
     """
-    rows, _, inner = sizes
+    _, _, inner = sizes
     if TILE.inner_tiles:
         tiles = tl.cdiv(inner, TILE.RT)
         outer = tl.cast(unit // tiles, tl.int64)
         i_2 = unit % tiles * TILE.RT + i
         return outer * inner + i_2, outer, i_2.to(tl.int64), i_2 < inner
     else:
-        row = (tl.cast(unit, tl.int64) * TILE.RT + i) * sub + n
-        return row, row // inner, row % inner, row < rows
+        return _numbered((tl.cast(unit, tl.int64) * TILE.RT + i) * sub + n, sizes)
 
 
 @triton.jit
@@ -137,22 +143,6 @@ def _load_tile(logits, offset, first_class, end_class, stride_c, exists, unit, s
         return tl.load(at, mask=(classes < end_class) & exists[None, :, None])
 
 
-@triton.jit
-def _store_flat(grad_logits, grad, unit, sizes, TILE: tl.constexpr):
-    """The way back of `_load_flat`."""
-    rows, _, _ = sizes
-    first_row = tl.cast(unit, tl.int64) * TILE.RT
-    grad_logits += first_row * TILE.C
-    i = tl.arange(0, TILE.RT * TILE.K)
-    row = i * (2**20 // TILE.C + 1) >> 20  # i // C, exact as long as i * C < 2**20
-    at = (i - row * TILE.C) * TILE.RT + tl.minimum(row, TILE.RT - 1)
-    flat = tl.gather(tl.reshape(grad, [TILE.K * TILE.RT]), at, 0)
-    if first_row + TILE.RT <= rows:
-        tl.store(grad_logits + i, flat, mask=i < TILE.RT * TILE.C)
-    else:
-        tl.store(grad_logits + i, flat, mask=i < (rows - first_row).to(tl.int32) * TILE.C)
-
-
 # ---- forward --------------------------------------------------------------------------------------------------------
 @triton.jit
 def _row_sums(logits, y, place, unit, first_class, s, sizes, z_strides, TILE: tl.constexpr, TERMS: tl.constexpr):
@@ -169,11 +159,8 @@ def _row_sums(logits, y, place, unit, first_class, s, sizes, z_strides, TILE: tl
     end = TILE.C
     if TILE.chunk < TILE.C:
         end = tl.minimum(first_class + TILE.chunk, TILE.C)
-    ahead = _load_tile(logits, offset, first_class, end, stride_c, exists, unit, sizes, TILE)
     for step in range(0, TILE.chunk, STEP):
-        z = ahead.to(acc)
-        if TILE.chunk > STEP:  # the next tile is on its way while this one is worked on
-            ahead = _load_tile(logits, offset, first_class + step + STEP, end, stride_c, exists, unit, sizes, TILE)
+        z = _load_tile(logits, offset, first_class + step, end, stride_c, exists, unit, sizes, TILE).to(acc)
         classes = first_class + step + _classes(TILE)
         is_target = classes == y[None, :, None]
         if TILE.LPR == 1 or TILE.C <= STEP:
@@ -418,6 +405,20 @@ def _times(r, c):
     return tl.where(c == 0, 0.0, r * c)
 
 
+@triton.jit
+def _gradient(z, m, k1, k2, is_target, grad_y, s, TERMS: tl.constexpr):
+    """Eq. 8 for elements z, in their dtype; k1 = r1 c1, k2 = r2 c2."""
+    d = z.to(m.dtype) - m
+    grad = tl.zeros(d.shape, d.dtype)
+    if TERMS.t1:
+        grad += k1 * _exp(d, 1.0)
+    if TERMS.t2:
+        grad += k2 * _exp(d, s)
+    grad = tl.where(is_target, grad_y, grad)
+    live = tl.abs(k1) + tl.abs(k2) != 0  # the others get zeros whatever they hold: no 0 * NaN
+    return _round(tl.where(live, grad, 0.0), z.dtype)
+
+
 @triton.jit(
     do_not_specialize=["rows", "middle", "inner", "stride_0", "stride_1", "grad_0", "grad_1", "target_0", "outer_0"]
 )
@@ -438,7 +439,11 @@ def backward_kernel(
     grad_0, grad_1, grad_2, grad_c = _strides(grad_0, grad_1, grad_2, grad_c, TILE)
     program = tl.program_id(0)
     unit = program // CHUNKS
-    place = _place(unit, tl.arange(0, L) // TILE.LPR, 0, 1, sizes, TILE)
+    if TILE.flat:
+        first = tl.cast(program, tl.int64) * (L * TILE.K)
+        place = _numbered(first // TILE.C + tl.arange(0, L), sizes)
+    else:
+        place = _place(unit, tl.arange(0, L) // TILE.LPR, 0, 1, sizes, TILE)
     row, _, _, exists = place
     offset = _offset(place, sizes, stride_0, stride_1, stride_2, TILE)
     grad_offset = _offset(place, sizes, grad_0, grad_1, grad_2, TILE)
@@ -469,22 +474,29 @@ def backward_kernel(
         grad_y -= _times(r2, tl.load(at + 4 * stride, mask=exists, other=0.0))
     if not TERMS.t2:
         k1 += k2
-    live = tl.abs(k1) + tl.abs(k2) != 0  # the others get zeros whatever they hold: no 0 * NaN
-
-    first_class = program % CHUNKS * TILE.chunk
-    for step in range(0, TILE.chunk, TILE.K * TILE.LPR * TILE.V):
-        classes = first_class + step + _classes(TILE)
-        here = (classes < TILE.C) & exists[None, :, None]
-        z = _load_tile(logits, offset, first_class + step, TILE.C, stride_c, exists, unit, sizes, TILE)
-        d = z.to(acc) - m[None, :, None]
-        grad = tl.zeros(d.shape, acc)
-        if TERMS.t1:
-            grad += k1[None, :, None] * _exp(d, 1.0)
-        if TERMS.t2:
-            grad += k2[None, :, None] * _exp(d, s)
-        grad = tl.where(classes == y[None, :, None], grad_y[None, :, None], grad)
-        grad = _round(tl.where(live[None, :, None], grad, 0.0), logits.dtype.element_ty)
-        if TILE.flat:
-            _store_flat(grad_logits, grad, unit, sizes, TILE)
-        else:
+    if TILE.flat:  # a program takes K * RT elements of rows that follow each other, where they may begin and end
+        i = tl.arange(0, L * TILE.K)
+        from_row = i + (first % TILE.C).to(tl.int32)
+        local = from_row * (2**20 // TILE.C + 1) >> 20  # from_row // C, exact as long as from_row * C < 2**20
+        is_target = from_row - local * TILE.C == tl.gather(y, local, 0)
+        m, k1, k2 = tl.gather(m, local, 0), tl.gather(k1, local, 0), tl.gather(k2, local, 0)
+        grad_y = tl.gather(grad_y, local, 0)
+        logits += first
+        grad_logits += first
+        left = rows * TILE.C - first
+        if left >= L * TILE.K:
+            grad = _gradient(tl.load(logits + i), m, k1, k2, is_target, grad_y, s, TERMS)
+            tl.store(grad_logits + i, grad)
+        else:  # a mask that may end anywhere makes narrow loads and stores
+            z = tl.load(logits + i, mask=i < left)
+            tl.store(grad_logits + i, _gradient(z, m, k1, k2, is_target, grad_y, s, TERMS), mask=i < left)
+    else:
+        m, k1, k2 = m[None, :, None], k1[None, :, None], k2[None, :, None]
+        y, grad_y = y[None, :, None], grad_y[None, :, None]
+        first_class = program % CHUNKS * TILE.chunk
+        for step in range(0, TILE.chunk, TILE.K * TILE.LPR * TILE.V):
+            classes = first_class + step + _classes(TILE)
+            here = (classes < TILE.C) & exists[None, :, None]
+            z = _load_tile(logits, offset, first_class + step, TILE.C, stride_c, exists, unit, sizes, TILE)
+            grad = _gradient(z, m, k1, k2, classes == y, grad_y, s, TERMS)
             tl.store(grad_logits + grad_offset[None, :, None] + classes.to(tl.int64) * grad_c, grad, mask=here)

@@ -1,0 +1,80 @@
+"""What the compiled Triton kernels may cost: the tables of docs/gpu.md, row by row, against their limits."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checks import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler, which the interpreter replaces")
+pytest.importorskip("triton")
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from gpu_offline import CASES, DTYPES, TARGETS, kernels, padded, resources, traffic  # noqa: E402
+from gpu_report import peers, resource_row, traffic_row  # noqa: E402
+
+IN_MAKE_TEST = ("(N, 7)", "(N, 8)", "(N, 1000)", "(N, 5, 512, 512)")  # the others are slow
+EACH_CASE = [
+    pytest.param(case, dtype, marks=() if str(case) in IN_MAKE_TEST and dtype != torch.float16 else pytest.mark.slow)
+    for case in CASES
+    for dtype in DTYPES
+]
+
+
+def row_bytes(case, dtype):
+    """Bytes of the logits of one row that is contiguous in memory, 0 where the class axis is strided."""
+    return 0 if len(case.full) > 2 and case.layout == "contiguous" else case.full[1] * dtype.itemsize
+
+
+def rescaled(kernel):
+    """How often sums of a row are brought to another maximum."""
+    tile = kernel.plan.tile
+    steps = -(-tile.C // (tile.K * tile.LPR * tile.V))
+    return tile.LPR * (steps + 1 if steps > 1 else 1) if tile.LPR > 1 else steps if steps > 1 else 0
+
+
+@pytest.mark.parametrize("case, dtype", EACH_CASE, ids=str)
+def test_no_spills_and_no_local_memory(case, dtype, capsys):
+    found = {
+        (step, target): resources(kernel, target) for step, kernel in kernels(case, dtype).items() for target in TARGETS
+    }
+    with capsys.disabled():
+        print("\n|", " | ".join(map(str, resource_row(case, dtype, found))), "|")
+    assert all(one.spilled == one.local == 0 for one in found.values())
+
+
+@pytest.mark.parametrize("case, dtype", [each for each in EACH_CASE if each.values[1] != torch.float16], ids=str)
+def test_traffic(case, dtype, capsys):
+    found = traffic(case, dtype)
+    forward, backward = found["forward"], found["backward"]
+    with capsys.disabled():
+        print("\n|", " | ".join(map(str, traffic_row(case, dtype, found))), "|")
+    rows, C = case.small[0], case.small[1]
+    # Every logit once; where the row is not in registers at its end, z_y once more.
+    assert 1 <= forward.read <= 1 + 1 / C and backward.read == backward.written == 1
+    size = row_bytes(case, dtype)
+    if size % 32 == 0 or C <= 64:
+        assert max(forward.read_sectors, backward.read_sectors, backward.written_sectors) <= 1.05
+    if size % 16 == 0 or 16 < size <= 64 * dtype.itemsize:
+        assert forward.width == 16
+    programs = forward.programs if case.regime == "large, split rows" else 0
+    # A split row's programs leave and read three sums each; a launch has a loss, two denominators and a counter.
+    assert forward.row_bytes <= max(32, 28 + 24 * programs / rows + 16 / rows)
+    assert backward.row_bytes <= 32
+    ahead, back = kernels(case, dtype).values()
+    assert backward.exponentials * C == 2 * padded(back)
+    # Forward: two more for each time that a lane's maximum may grow or lanes are combined, and three to finish a row,
+    # which the lanes of a row may do together.
+    assert forward.exponentials * C <= 2 * padded(ahead) + 2 * rescaled(ahead) + 3.1 * ahead.plan.tile.LPR
+
+
+@pytest.mark.slow
+def test_no_more_bytes_and_launches_than_a_plain_cross_entropy():
+    """Liger's cross-entropy, which has neither margins nor a focal term, and which reads back sums of the mask."""
+    pytest.importorskip("liger_kernel", reason="needs the package liger-kernel")
+    ours, other = peers().values()
+    assert ours.bytes <= other.bytes
+    assert ours.launches + len(ours.operations) <= other.launches + len(other.operations)
