@@ -11,6 +11,8 @@ import pytest
 import torch
 from checks import BAR, DTYPES, accumulated, check
 from cuda_emulator import emulated_cuda, needs_cuda_build  # noqa: F401  (the fixture `cuda`)
+from emulated_cases import CASES, layouts, misaligned
+from emulated_cases import labels as labels_with_bad_ones
 from pairwise import pairs
 
 from lmf_kernels import lmf_loss
@@ -52,11 +54,6 @@ def labels(shape, ignored=True):
     return target
 
 
-def misaligned(tensor):
-    """The same values one element further in memory."""
-    return torch.cat([tensor.new_zeros(1), tensor.reshape(-1)])[1:].view(tensor.shape)
-
-
 LAYOUTS = {
     "contiguous": lambda z: z,
     "misaligned": misaligned,
@@ -81,6 +78,22 @@ def test_results(shape, dtype, layout, reduction, terms, kind, cuda):
     assert len(cuda.launches) == 2
     if layout in ("contiguous", "misaligned"):
         assert [launch.kernel.split()[0] for launch in cuda.launches] == [f"forward_{kernel}", f"backward_{kernel}"]
+
+
+@pytest.mark.parametrize("base", ["aligned", "misaligned"])
+@pytest.mark.parametrize("how, shape, dtype, arch", CASES, ids=lambda value: str(value).removeprefix("torch."))
+@pytest.mark.parametrize("where", ["on sm_90", pytest.param("on all", marks=pytest.mark.slow)])
+def test_cases_shared_with_triton(how, shape, dtype, arch, base, where, cuda):
+    if where == "on all":
+        cuda.arch = arch
+    z = layouts(how, shape, dtype)
+    if base == "misaligned":
+        z = misaligned(z)
+    y, table = labels_with_bad_ones(z), torch.rand(shape[1])
+    table[0] = 0
+    options = {"margins": table - 0.3, "ldam_weight": table, "focal_weight": 1 - table, "reduction": "none"}
+    check(z, y, "native", torch.randn(y.shape), **options)
+    assert len(cuda.launches) == 2
 
 
 @pytest.mark.parametrize("shape", ["flat", "rows, lanes", "rows, split", "pixels"])
