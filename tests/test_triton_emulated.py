@@ -47,6 +47,16 @@ def test_value_and_gradient(how, shape, dtype, target):
     assert [launch.name for launch in launches] == ["forward_kernel", "backward_kernel"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("C", range(2, 67))
+def test_every_small_number_of_classes(C, dtype):
+    """Flat tiles begin and end anywhere in a row; the last one is not full."""
+    z = torch.randn(2048 // C + 5, C).to(dtype)
+    with emulate(target=90, **STRICT):
+        check(z, labels(z), "triton", margins=torch.rand(C), reduction="none", grad_output=torch.randn(len(z)))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize(
     "shape", [(300, 7), (200, 8), (60, 100), (40, 1000), (20, 3000), (5, 17000), (2, 17000), (1, 21, 24, 64)]
