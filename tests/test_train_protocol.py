@@ -6,19 +6,25 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from training import checkpoint, cli, gradcam
+from training.errors import UserError
 from training.experiment import Experiment
 from training.losses import LABELS, LossOptions
 from training.models import build_model
 from training.networks import CosineClassifier, SmallCNN
+from training.samples import Samples
+from training.split import split_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "benchmarks" / "configs").glob("*.toml"))
@@ -65,7 +71,10 @@ def test_wrong_config_files(tmp_path, capsys, text, expected):
 
 
 def test_there_are_twelve_configs():
-    assert len(CONFIGS) == 12
+    """The second version of the paper has four datasets and three networks."""
+    names = {tuple(path.stem.split("-")) for path in CONFIGS}
+    models = ("densenet121", "efficientnet_v2_s", "resnet50")
+    assert names == set(product(("ham10000", "isic2019", "odir5k", "covid"), models))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -301,3 +310,29 @@ def test_tables_need_the_mlp(tmp_path, capsys):
     assert cli.main([*arguments, "--model", "small_cnn"]) == 2
     assert "use --model mlp" in capsys.readouterr().err
     assert cli.main(arguments) == 0
+
+
+def test_grouped_splits_of_every_seed_are_checked_first(tmp_path, monkeypatch):
+    """Class b is in three of the six lesions of the rarest class c: some seeds leave it out of a part."""
+    labels, groups = [0] * 20, list(range(20))
+    for lesion in range(20, 26):
+        labels += [2, 1, 1, 1] if lesion < 23 else [2]
+        groups += [lesion] * (4 if lesion < 23 else 1)
+    images = torch.zeros(len(labels), 1, 4, 4)
+    samples = Samples("made", ("a", "b", "c"), np.array(labels), images, groups=np.array(groups), group_name="lesion")
+    monkeypatch.setattr("training.experiment.read", lambda spec: samples)
+    arguments = ["--data", "digits", "--grouped", "--out", str(tmp_path)]
+    bad = next(seed for seed in range(50) if _cannot_split(samples, seed))
+    good = next(seed for seed in range(50) if not _cannot_split(samples, seed))
+    config = cli.parse(arguments)
+    Experiment(replace(config, seeds=(good,)))
+    with pytest.raises(UserError, match="class 'b' has no image in the (val|test|train) part"):
+        Experiment(replace(config, seeds=(good, bad)))
+
+
+def _cannot_split(samples: Samples, seed: int) -> bool:
+    try:
+        split_samples(samples, seed, grouped=True)
+    except UserError:
+        return True
+    return False

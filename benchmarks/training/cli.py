@@ -113,8 +113,12 @@ def _run(experiment: Experiment) -> int:
 
 def _describe(experiment: Experiment) -> None:
     config, samples = experiment.config, experiment.samples
-    published = f" (of {samples.published_size} published)" if samples.published_size else ""
-    print(f"data: {samples.name}; {len(samples.labels)} images{published} in {len(samples.class_names)} classes")
+    complete = (
+        ", the class counts are the published ones" if samples.published_counts and not samples.incomplete else ""
+    )
+    print(f"data: {samples.name}; {len(samples.labels)} images in {len(samples.class_names)} classes{complete}")
+    if samples.incomplete:
+        print(f"warning: {samples.name} is not complete: {samples.incomplete}")
     print(f"split: {describe_split(samples, config.grouped)}")
     print(f"model: {config.model}, {config.protocol.epochs} epochs, {experiment.device}", flush=True)
     if config.resume:
@@ -167,9 +171,12 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive,
         help="threads of torch on the CPU (default: 1 for small_cnn and mlp, else one a core)",
     )
-    parser.add_argument("--tensorboard", action="store_true", help="write curves to OUT/tensorboard")
-    parser.add_argument("--grad-cam", action="store_true", help="overlays of test samples of the rarest classes")
-    parser.add_argument("--resume", action="store_true", help="continue what an earlier run left in OUT")
+    for name, purpose in (
+        ("tensorboard", "write curves to OUT/tensorboard"),
+        ("grad-cam", "overlays of test samples of the rarest classes"),
+        ("resume", "continue what an earlier run left in OUT"),
+    ):
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=False, help=purpose)
     parser.add_argument(
         "--checkpoint-seconds",
         type=_not_negative,

@@ -37,6 +37,9 @@ class Experiment:
         self.samples.check()
         self.image_shape = _image_shape(self.samples, config.model, config.protocol.image_size)
         self.train_counts = self.counts(self.split(config.seeds[0]).train)
+        if config.grouped:  # where a seed can leave a class out of a part
+            for seed in config.seeds:
+                self.split(seed)
         for loss in config.losses:
             build_loss(loss, self.train_counts, config.loss_options)
         self._model()
