@@ -100,7 +100,7 @@ def test_ham10000_mistakes(tmp_path):
         read(f"ham10000:{tmp_path}")
     (tmp_path / "HAM10000_metadata.csv").unlink()
     (tmp_path / "HAM10000_metadata.csv").mkdir()
-    with pytest.raises(UserError, match="HAM10000_metadata.csv cannot be read: Is a directory"):
+    with pytest.raises(UserError, match=r"HAM10000_metadata.csv cannot be read: Is a directory"):
         read(f"ham10000:{tmp_path}")
 
 

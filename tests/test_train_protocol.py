@@ -227,10 +227,13 @@ def test_tensorboard_has_the_curves(tmp_path):
     assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
     events = EventAccumulator(str(tmp_path / "tensorboard" / "ce-seed0"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {"Loss/train", "Loss/val", "Acc/val", "F1/val"}
+    assert set(events.Tags()["scalars"]) == {
+        f"{name}/{part}" for name in ("Loss", "Acc", "F1") for part in ("train", "val")
+    }
     (record,) = results(tmp_path)["records"]
-    logged = [event.value for event in events.Scalars("F1/val")]
-    assert logged == pytest.approx(record["history"]["val_macro_f1"])
+    for part in ("train", "val"):
+        logged = [event.value for event in events.Scalars(f"F1/{part}")]
+        assert logged == pytest.approx(record["history"][f"{part}_macro_f1"])
 
 
 @pytest.mark.skipif(find_spec("pytorch_grad_cam") is None, reason="needs the package grad-cam")
@@ -326,7 +329,7 @@ def test_grouped_splits_of_every_seed_are_checked_first(tmp_path, monkeypatch):
     good = next(seed for seed in range(50) if not _cannot_split(samples, seed))
     config = cli.parse(arguments)
     Experiment(replace(config, seeds=(good,)))
-    with pytest.raises(UserError, match="class 'b' has no image in the (val|test|train) part"):
+    with pytest.raises(UserError, match=r"class 'b' has no image in the (val|test|train) part"):
         Experiment(replace(config, seeds=(good, bad)))
 
 
