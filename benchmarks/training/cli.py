@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import NoReturn
 
-from . import checkpoint
+from . import checkpoint, gradcam
 from .config import Config
 from .config_file import config_arguments
 from .errors import UserError
@@ -23,6 +23,7 @@ from .results import finish, write_results
 from .split import describe_split
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+NO_WEIGHTS = "none"  # overrides a config file's
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
 
@@ -60,7 +61,7 @@ def parse(argv: Sequence[str] | None) -> Config:
     return Config(
         data=options.data,
         model=model,
-        weights=options.weights,
+        weights=None if options.weights == NO_WEIGHTS else options.weights,
         head=options.head,
         losses=tuple(dict.fromkeys(options.losses)),
         seeds=tuple(range(options.seeds)),
@@ -95,6 +96,7 @@ def _run(experiment: Experiment) -> int:
         _describe(experiment)
         if not experiment.config.resume:
             checkpoint.discard(experiment.config.out)
+            gradcam.discard(experiment.config.out)
     records = list(experiment.finished)
     code = 0
     try:
@@ -139,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{', '.join(LAST_LAYER)} or {TIMM}NAME (default: small_cnn for digits, mlp for keel, else resnet50)",
     )
     parser.add_argument(
-        "--weights", help="the name of pretrained weights, such as IMAGENET1K_V2 (default: none, from scratch)"
+        "--weights", default=NO_WEIGHTS, help="the name of pretrained weights, such as IMAGENET1K_V2 (default: none)"
     )
     parser.add_argument(
         "--head", choices=HEADS, default="linear", help="last layer; cosine is LDAM-DRW's (default: linear)"
