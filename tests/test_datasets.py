@@ -1,6 +1,5 @@
 """The readers, on small data made in the formats in which the datasets are published."""
 
-import csv
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +8,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from published_formats import (
+    HAM_COLUMNS,
+    ODIR_COLUMNS,
+    make_ham10000,
+    make_isic2019,
+    odir_row,
+    write_csv,
+    write_images,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -19,31 +26,9 @@ from training.samples import Samples
 from training.split import describe_split, split_samples
 
 
-def write_csv(path: Path, columns: list[str], rows: list[list[object]]) -> None:
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([columns, *rows])
-
-
-def write_images(folder: Path, names: list[str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        Image.new("RGB", (6, 4), (200, 100, 50)).save(folder / name)
-
-
 def labelled(samples: Samples) -> dict[str, str]:
     """Image stem to class name."""
     return {file.stem: samples.class_names[label] for file, label in zip(samples.images, samples.labels, strict=True)}
-
-
-HAM_COLUMNS = ["lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization"]
-
-
-def make_ham10000(root: Path, diagnoses: list[str], folders: list[str]) -> None:
-    rows = [[f"HAM_{i // 2:07}", f"ISIC_{i:07}", dx, "histo", 50.0, "male", "back"] for i, dx in enumerate(diagnoses)]
-    root.mkdir(parents=True, exist_ok=True)
-    write_csv(root / "HAM10000_metadata.csv", HAM_COLUMNS, rows)
-    for i, row in enumerate(rows):
-        write_images(root / folders[i % len(folders)], [f"{row[1]}.jpg"])
 
 
 @pytest.mark.parametrize("folders", [["HAM10000_images"], ["HAM10000_images_part_1", "HAM10000_images_part_2"]])
@@ -104,20 +89,6 @@ def test_ham10000_mistakes(tmp_path):
         read(f"ham10000:{tmp_path}")
 
 
-ISIC_COLUMNS = ["image", "MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK"]
-
-
-def make_isic2019(root: Path, diagnoses: list[str]) -> list[str]:
-    names = [f"ISIC_{i:07}" + ("_downsampled" if i % 2 else "") for i in range(len(diagnoses))]
-    rows = [
-        [name, *(f"{float(column == dx)}" for column in ISIC_COLUMNS[1:])]
-        for name, dx in zip(names, diagnoses, strict=True)
-    ]
-    write_csv(root / "ISIC_2019_Training_GroundTruth.csv", ISIC_COLUMNS, rows)
-    write_images(root / "ISIC_2019_Training_Input", [f"{name}.jpg" for name in names])
-    return names
-
-
 def test_isic2019(tmp_path):
     names = make_isic2019(tmp_path, ["NV", "SCC", "AK", "UNK", "NV"])
     samples = read(f"isic2019:{tmp_path}")
@@ -140,19 +111,6 @@ def test_isic2019_mistakes(tmp_path):
     make_isic2019(tmp_path, ["NV", "none of them"])
     with pytest.raises(UserError, match="ISIC_0000001_downsampled has 0 diagnoses, expected 1"):
         read(f"isic2019:{tmp_path}")
-
-
-ODIR_COLUMNS = [
-    *["ID", "Patient Age", "Patient Sex", "Left-Fundus", "Right-Fundus"],
-    *["Left-Diagnostic Keywords", "Right-Diagnostic Keywords"],
-    *["N", "D", "G", "C", "A", "H", "M", "O", "filepath", "labels", "target", "filename"],
-]
-
-
-def odir_row(patient: int, side: str, labels: str) -> list[object]:
-    name = f"{patient}_{side}.jpg"
-    fundus = [f"{patient}_left.jpg", f"{patient}_right.jpg"]
-    return [patient, 57, "Male", *fundus, "cataract", "normal", *[0] * 8, f"../x/{name}", labels, "[1, 0]", name]
 
 
 def test_odir5k(tmp_path):

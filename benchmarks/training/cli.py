@@ -27,7 +27,9 @@ NO_WEIGHTS = "none"  # overrides a config file's
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are UserErrors."""
+
     def error(self, message: str) -> NoReturn:
         """One line, where argparse would print the usage as well."""
         raise UserError(message)
@@ -128,7 +130,7 @@ def _describe(experiment: Experiment) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="train.py",
         allow_abbrev=False,
         description="Train on imbalanced data with each loss of the LMF paper and compare the results.",

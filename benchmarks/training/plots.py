@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from .losses import LABELS
 from .output import write_atomically
+from .paper_report import Run
 from .record import Record
 from .report import by_loss
 from .tables import Cell, cell
@@ -51,8 +52,40 @@ def plot_per_class_f1(
 
 def plot_rare_f1(records: Sequence[Record], class_names: Sequence[str], counts: Sequence[int], path: Path) -> None:
     """The paper's Figure 1: test F1 of the three rarest classes."""
-    rarest = np.argsort(counts, kind="stable")[:RARE]
+    rarest = _rarest(counts)
     _plot_f1(records, rarest, class_names, counts, f"Test F1 of the {len(rarest)} rarest classes", path)
+
+
+def plot_figure_1(runs: Sequence[Run], path: Path) -> None:
+    """The paper's Figure 1 over several runs: a column for each dataset, a row for each model."""
+    datasets = list(dict.fromkeys(run.dataset for run in runs))
+    models = list(dict.fromkeys(run.model for run in runs))
+    figure, grid = plt.subplots(
+        len(models),
+        len(datasets),
+        figsize=(4.6 * len(datasets) + 0.6, 3.3 * len(models) + 0.6),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes in grid.flat:
+        axes.set_axis_off()
+    handles = {}
+    for run in runs:
+        axes = grid[models.index(run.model)][datasets.index(run.dataset)]
+        axes.set_axis_on()
+        _draw_f1(axes, run.records, _rarest(run.train_counts), run.class_names, run.train_counts)
+        axes.set_title(run.title)
+        bars, labels = axes.get_legend_handles_labels()
+        handles |= dict(zip(labels, bars, strict=True))
+    seeds = len({record.seed for run in runs for record in run.records})
+    spread = ": mean and standard deviation over seeds" if seeds > 1 else ""
+    figure.suptitle(f"Test F1 of the {RARE} rarest classes{spread}")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
+    _save(figure, path)
+
+
+def _rarest(counts: Sequence[int]) -> np.ndarray:
+    return np.argsort(counts, kind="stable")[:RARE]
 
 
 def _plot_f1(
@@ -63,8 +96,22 @@ def _plot_f1(
     title: str,
     path: Path,
 ) -> None:
-    groups = by_loss(records)
     figure, axes = plt.subplots(figsize=(max(9.0, 1.4 * len(classes) + 1), 4.4), layout="constrained")
+    _draw_f1(axes, records, classes, class_names, counts)
+    spread = ": mean and standard deviation over seeds" if len({record.seed for record in records}) > 1 else ""
+    axes.set_title(f"{title}{spread}")
+    _legend_below(figure, axes)
+    _save(figure, path)
+
+
+def _draw_f1(
+    axes: plt.Axes,
+    records: Sequence[Record],
+    classes: Sequence[int] | range | np.ndarray,
+    class_names: Sequence[str],
+    counts: Sequence[int],
+) -> None:
+    groups = by_loss(records)
     places = np.arange(len(classes))
     width = 0.84 / len(groups)
     for i, (loss, group) in enumerate(groups.items()):
@@ -80,12 +127,8 @@ def _plot_f1(
         )
     axes.set_xticks(places, [f"{fill(class_names[c], 14)}\n{counts[c]} images" for c in classes])
     axes.set(ylabel="test F1", ylim=(0, 1.05), xlabel="class and its training images")
-    spread = ": mean and standard deviation over seeds" if len({record.seed for record in records}) > 1 else ""
-    axes.set_title(f"{title}{spread}")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    _legend_below(figure, axes)
-    _save(figure, path)
 
 
 def _error_bars(cells: Sequence[Cell]) -> np.ndarray | None:
