@@ -117,7 +117,7 @@ def test_one_command_makes_the_papers_tables(data, tmp_path, capsys, made_number
     for title in ("HAM10000", "ISIC-2019", "ODIR-5K"):
         assert f"Table 1. {title}, small_cnn: test metrics" in text
         assert f"Table 2. {title}, small_cnn: test F1 per class" in text
-    assert "split of ISIC-2019, small_cnn: stratified 70:15:15, drawn with each seed\n" in text
+    assert "split of ISIC-2019, small_cnn: stratified 70:15:15, drawn with each seed, not grouped: the data do" in text
     assert {path.name for path in out.iterdir() if path.is_file()} == {
         *("table_1.md", "table_1.csv", "table_2.md", "table_2.csv", "figure_1.png")
     }

