@@ -276,3 +276,12 @@ def test_grouped_split_needs_groups_and_enough_of_them():
     samples = Samples("made", ("a", "b"), np.repeat([0, 1], 10), torch.zeros(20, 1, 4, 4), groups=two_lesions)
     with pytest.raises(UserError, match="class 'b' has no image in the train part"):
         split_samples(samples, 0, grouped=True)
+
+
+def test_of_two_copies_the_preprocessed_image_is_read(tmp_path):
+    """As ODIR-5K comes from Kaggle."""
+    write_csv(tmp_path / "full_df.csv", ODIR_COLUMNS, [odir_row(0, "right", "['C']")])
+    for folder in ("ODIR-5K/ODIR-5K/Training Images", "preprocessed_images"):
+        write_images(tmp_path / folder, ["0_right.jpg"])
+    (image,) = read(f"odir5k:{tmp_path}").images
+    assert image == tmp_path / "preprocessed_images" / "0_right.jpg"
