@@ -45,10 +45,13 @@ def outcome(record: dict) -> dict:
 def test_config_file_gives_defaults_that_the_command_line_overrides(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(
-        'losses = ["lmf", "ce"]\nepochs = 7\nbatch_size = 16\ngrouped = true\n[lmf]\ns = 10\nmax-m = -0.25\n'
+        'losses = ["lmf", "ce"]\nepochs = 7\nbatch_size = 16\ngrouped = true\ntensorboard = true\ngrad-cam = false\n'
+        'weights = "IMAGENET1K_V2"\n[lmf]\ns = 10\nmax-m = -0.25\n'
     )
-    config = cli.parse(["--config", str(file), "--epochs", "9", "--out", str(tmp_path)])
-    assert config.losses == ("lmf", "ce") and config.grouped
+    given = ["--epochs", "9", "--no-tensorboard", "--weights", "none", "--out", str(tmp_path)]
+    config = cli.parse(["--config", str(file), *given])
+    assert config.losses == ("lmf", "ce") and config.grouped and config.weights is None
+    assert not config.tensorboard and not config.grad_cam
     assert (config.protocol.epochs, config.protocol.batch_size) == (9, 16)
     assert (config.loss_options.lmf.s, config.loss_options.lmf.max_m) == (10, -0.25)
     assert config.loss_options.ldam == LossOptions().ldam
