@@ -1,6 +1,5 @@
 """The readers, on small data made in the formats in which the datasets are published."""
 
-import csv
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,41 +8,27 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from published_formats import (
+    HAM_COLUMNS,
+    ODIR_COLUMNS,
+    make_ham10000,
+    make_isic2019,
+    odir_row,
+    write_csv,
+    write_images,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from training.errors import UserError
-from training.readers import medmnist, read
+from training.readers import ham10000, isic2019, medmnist, odir5k, read
 from training.samples import Samples
 from training.split import describe_split, split_samples
-
-
-def write_csv(path: Path, columns: list[str], rows: list[list[object]]) -> None:
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([columns, *rows])
-
-
-def write_images(folder: Path, names: list[str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        Image.new("RGB", (6, 4), (200, 100, 50)).save(folder / name)
 
 
 def labelled(samples: Samples) -> dict[str, str]:
     """Image stem to class name."""
     return {file.stem: samples.class_names[label] for file, label in zip(samples.images, samples.labels, strict=True)}
-
-
-HAM_COLUMNS = ["lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization"]
-
-
-def make_ham10000(root: Path, diagnoses: list[str], folders: list[str]) -> None:
-    rows = [[f"HAM_{i // 2:07}", f"ISIC_{i:07}", dx, "histo", 50.0, "male", "back"] for i, dx in enumerate(diagnoses)]
-    root.mkdir(parents=True, exist_ok=True)
-    write_csv(root / "HAM10000_metadata.csv", HAM_COLUMNS, rows)
-    for i, row in enumerate(rows):
-        write_images(root / folders[i % len(folders)], [f"{row[1]}.jpg"])
 
 
 @pytest.mark.parametrize("folders", [["HAM10000_images"], ["HAM10000_images_part_1", "HAM10000_images_part_2"]])
@@ -54,7 +39,29 @@ def test_ham10000(tmp_path, folders):
     assert samples.counts.tolist() == [2, 1, 2, 1, 1, 1, 1]
     assert labelled(samples)["ISIC_0000004"] == "MEL" and labelled(samples)["ISIC_0000008"] == "BCC"
     assert samples.groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4]
-    assert samples.published_size == 10015
+    assert samples.incomplete == (
+        "9 of 10015 published images (NV 2 of 6705, MEL 1 of 1113, BKL 2 of 1099, BCC 1 of 514, AKIEC 1 of 327, "
+        "VASC 1 of 142, DF 1 of 115)"
+    )
+
+
+def test_complete_ham10000_has_the_papers_training_counts(tmp_path):
+    """10015 images in the published classes: their split is the one of the paper's Table 2."""
+    diagnoses = np.repeat(["nv", "mel", "bkl", "bcc", "akiec", "vasc", "df"], (6705, 1113, 1099, 514, 327, 142, 115))
+    rows = [[f"HAM_{i:07}", f"ISIC_{i:07}", dx, "histo", 50.0, "male", "back"] for i, dx in enumerate(diagnoses)]
+    write_csv(tmp_path / "HAM10000_metadata.csv", HAM_COLUMNS, rows)
+    for row in rows:
+        (tmp_path / f"{row[1]}.jpg").touch()  # the reader does not look into them
+    samples = read(f"ham10000:{tmp_path}")
+    assert len(samples.labels) == 10015 and samples.incomplete is None
+    train = split_samples(samples, 0, grouped=False).train
+    assert np.bincount(samples.labels[train]).tolist() == [4693, 779, 769, 360, 229, 100, 81]
+
+
+@pytest.mark.parametrize(("reader", "total"), [(ham10000, 10015), (isic2019, 25331), (odir5k, 6392)])
+def test_published_counts_are_the_papers(reader, total):
+    assert sum(reader.COUNTS) == total
+    assert len(reader.COUNTS) == len(reader.CLASSES) and list(reader.COUNTS) == sorted(reader.COUNTS, reverse=True)
 
 
 def test_ham10000_mistakes(tmp_path):
@@ -76,20 +83,10 @@ def test_ham10000_mistakes(tmp_path):
     (tmp_path / "HAM10000_metadata.csv").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(UserError, match="is not a CSV file"):
         read(f"ham10000:{tmp_path}")
-
-
-ISIC_COLUMNS = ["image", "MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK"]
-
-
-def make_isic2019(root: Path, diagnoses: list[str]) -> list[str]:
-    names = [f"ISIC_{i:07}" + ("_downsampled" if i % 2 else "") for i in range(len(diagnoses))]
-    rows = [
-        [name, *(f"{float(column == dx)}" for column in ISIC_COLUMNS[1:])]
-        for name, dx in zip(names, diagnoses, strict=True)
-    ]
-    write_csv(root / "ISIC_2019_Training_GroundTruth.csv", ISIC_COLUMNS, rows)
-    write_images(root / "ISIC_2019_Training_Input", [f"{name}.jpg" for name in names])
-    return names
+    (tmp_path / "HAM10000_metadata.csv").unlink()
+    (tmp_path / "HAM10000_metadata.csv").mkdir()
+    with pytest.raises(UserError, match=r"HAM10000_metadata.csv cannot be read: Is a directory"):
+        read(f"ham10000:{tmp_path}")
 
 
 def test_isic2019(tmp_path):
@@ -97,7 +94,7 @@ def test_isic2019(tmp_path):
     samples = read(f"isic2019:{tmp_path}")
     assert samples.class_names == ("NV", "MEL", "BCC", "BKL", "AK", "SCC", "VASC", "DF")
     assert labelled(samples) == {names[0]: "NV", names[1]: "SCC", names[2]: "AK", names[4]: "NV"}  # UNK is left out
-    assert samples.groups is None and samples.published_size == 25331
+    assert samples.groups is None and samples.incomplete.startswith("4 of 25331 published images (NV 2 of 12875")
 
 
 def test_isic2019_lesions(tmp_path):
@@ -116,26 +113,13 @@ def test_isic2019_mistakes(tmp_path):
         read(f"isic2019:{tmp_path}")
 
 
-ODIR_COLUMNS = [
-    *["ID", "Patient Age", "Patient Sex", "Left-Fundus", "Right-Fundus"],
-    *["Left-Diagnostic Keywords", "Right-Diagnostic Keywords"],
-    *["N", "D", "G", "C", "A", "H", "M", "O", "filepath", "labels", "target", "filename"],
-]
-
-
-def odir_row(patient: int, side: str, labels: str) -> list[object]:
-    name = f"{patient}_{side}.jpg"
-    fundus = [f"{patient}_left.jpg", f"{patient}_right.jpg"]
-    return [patient, 57, "Male", *fundus, "cataract", "normal", *[0] * 8, f"../x/{name}", labels, "[1, 0]", name]
-
-
 def test_odir5k(tmp_path):
     rows = [odir_row(0, "right", "['C']"), odir_row(0, "left", "['N']"), odir_row(7, "right", "['H']")]
     write_csv(tmp_path / "full_df.csv", ODIR_COLUMNS, rows)
     write_images(tmp_path / "preprocessed_images", [row[-1] for row in rows])
     samples = read(f"odir5k:{tmp_path}")
     assert labelled(samples) == {"0_right": "C", "0_left": "N", "7_right": "H"}
-    assert samples.groups.tolist() == [0, 0, 1] and samples.published_size == 6392
+    assert samples.groups.tolist() == [0, 0, 1] and samples.incomplete.startswith("3 of 6392 published images")
 
 
 @pytest.mark.parametrize("labels", ["['X']", "['N', 'D']", "N", "", "[["])
@@ -171,6 +155,12 @@ def test_medmnist_class_names_come_from_the_package(tmp_path, monkeypatch):
     for name in ("dermamnist", "dermamnist_64"):
         make_medmnist(tmp_path / f"{name}.npz", (8, 8, 3))
         assert read(f"medmnist:{tmp_path / name}.npz").class_names == ("keratoses", "carcinoma")
+
+
+@pytest.mark.skipif(find_spec("medmnist") is None, reason="needs the package medmnist")
+def test_medmnist_class_names_of_the_real_package(tmp_path):
+    make_medmnist(tmp_path / "breastmnist.npz", (8, 8))
+    assert read(f"medmnist:{tmp_path / 'breastmnist.npz'}").class_names == ("malignant", "normal, benign")
 
 
 def test_medmnist_mistakes(tmp_path, monkeypatch):
@@ -286,3 +276,12 @@ def test_grouped_split_needs_groups_and_enough_of_them():
     samples = Samples("made", ("a", "b"), np.repeat([0, 1], 10), torch.zeros(20, 1, 4, 4), groups=two_lesions)
     with pytest.raises(UserError, match="class 'b' has no image in the train part"):
         split_samples(samples, 0, grouped=True)
+
+
+def test_of_two_copies_the_preprocessed_image_is_read(tmp_path):
+    """As ODIR-5K comes from Kaggle."""
+    write_csv(tmp_path / "full_df.csv", ODIR_COLUMNS, [odir_row(0, "right", "['C']")])
+    for folder in ("ODIR-5K/ODIR-5K/Training Images", "preprocessed_images"):
+        write_images(tmp_path / folder, ["0_right.jpg"])
+    (image,) = read(f"odir5k:{tmp_path}").images
+    assert image == tmp_path / "preprocessed_images" / "0_right.jpg"

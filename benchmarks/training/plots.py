@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from .losses import LABELS
 from .output import write_atomically
+from .paper_report import Run
 from .record import Record
 from .report import by_loss
 from .tables import Cell, cell
@@ -51,8 +52,40 @@ def plot_per_class_f1(
 
 def plot_rare_f1(records: Sequence[Record], class_names: Sequence[str], counts: Sequence[int], path: Path) -> None:
     """The paper's Figure 1: test F1 of the three rarest classes."""
-    rarest = np.argsort(counts, kind="stable")[:RARE]
+    rarest = _rarest(counts)
     _plot_f1(records, rarest, class_names, counts, f"Test F1 of the {len(rarest)} rarest classes", path)
+
+
+def plot_figure_1(runs: Sequence[Run], path: Path) -> None:
+    """The paper's Figure 1 over several runs: a column for each dataset, a row for each model."""
+    datasets = list(dict.fromkeys(run.dataset for run in runs))
+    models = list(dict.fromkeys(run.model for run in runs))
+    figure, grid = plt.subplots(
+        len(models),
+        len(datasets),
+        figsize=(4.6 * len(datasets) + 0.6, 3.3 * len(models) + 0.6),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes in grid.flat:
+        axes.set_axis_off()
+    handles = {}
+    for run in runs:
+        axes = grid[models.index(run.model)][datasets.index(run.dataset)]
+        axes.set_axis_on()
+        _draw_f1(axes, run.records, _rarest(run.train_counts), run.class_names, run.train_counts)
+        axes.set_title(run.title)
+        bars, labels = axes.get_legend_handles_labels()
+        handles |= dict(zip(labels, bars, strict=True))
+    seeds = len({record.seed for run in runs for record in run.records})
+    spread = ": mean and standard deviation over seeds" if seeds > 1 else ""
+    figure.suptitle(f"Test F1 of the {RARE} rarest classes{spread}")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
+    _save(figure, path)
+
+
+def _rarest(counts: Sequence[int]) -> np.ndarray:
+    return np.argsort(counts, kind="stable")[:RARE]
 
 
 def _plot_f1(
@@ -63,8 +96,22 @@ def _plot_f1(
     title: str,
     path: Path,
 ) -> None:
-    groups = by_loss(records)
     figure, axes = plt.subplots(figsize=(max(9.0, 1.4 * len(classes) + 1), 4.4), layout="constrained")
+    _draw_f1(axes, records, classes, class_names, counts)
+    spread = ": mean and standard deviation over seeds" if len({record.seed for record in records}) > 1 else ""
+    axes.set_title(f"{title}{spread}")
+    _legend_below(figure, axes)
+    _save(figure, path)
+
+
+def _draw_f1(
+    axes: plt.Axes,
+    records: Sequence[Record],
+    classes: Sequence[int] | range | np.ndarray,
+    class_names: Sequence[str],
+    counts: Sequence[int],
+) -> None:
+    groups = by_loss(records)
     places = np.arange(len(classes))
     width = 0.84 / len(groups)
     for i, (loss, group) in enumerate(groups.items()):
@@ -78,14 +125,11 @@ def _plot_f1(
             label=LABELS[loss],
             error_kw={"elinewidth": 0.8, "ecolor": "#555555"},
         )
-    axes.set_xticks(places, [f"{fill(class_names[c], 14)}\n{counts[c]} images" for c in classes])
+    labels = [fill(class_names[c], 14, break_long_words=False) for c in classes]
+    axes.set_xticks(places, [f"{label}\n{counts[c]} images" for label, c in zip(labels, classes, strict=True)])
     axes.set(ylabel="test F1", ylim=(0, 1.05), xlabel="class and its training images")
-    spread = ": mean and standard deviation over seeds" if len({record.seed for record in records}) > 1 else ""
-    axes.set_title(f"{title}{spread}")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    _legend_below(figure, axes)
-    _save(figure, path)
 
 
 def _error_bars(cells: Sequence[Cell]) -> np.ndarray | None:
@@ -105,7 +149,8 @@ def plot_confusion(records: Sequence[Record], class_names: Sequence[str], path: 
     groups = by_loss(records)
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
-    side = max(3.0, 0.55 * len(class_names) + 0.8)
+    names = [name if len(name) <= 22 else f"{name[:20]} …" for name in class_names]
+    side = max(3.0, 0.55 * len(names) + 0.8 + 0.07 * max(map(len, names)))
     figure, grid = plt.subplots(
         rows, columns, figsize=(side * columns + 0.8, side * rows + 0.4), layout="constrained", squeeze=False
     )
@@ -116,10 +161,11 @@ def plot_confusion(records: Sequence[Record], class_names: Sequence[str], path: 
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         ticks = np.arange(len(class_names))
-        axes.set_xticks(ticks, class_names, rotation=45 if max(map(len, class_names)) > 3 else 0, fontsize=8)
-        axes.set_yticks(ticks, class_names, fontsize=8)
+        slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 3 else {}
+        axes.set_xticks(ticks, names, fontsize=8, **slanted)
+        axes.set_yticks(ticks, names, fontsize=8)
         axes.set(xlabel="predicted class", ylabel="true class", title=LABELS[loss])
-        if len(class_names) <= 12:
+        if len(names) <= 12:
             _write_shares(axes, shares)
     figure.colorbar(picture, ax=grid, label="share of the true class", shrink=0.8)
     _save(figure, path)
@@ -149,12 +195,12 @@ def plot_overlays(
     )
     for row, (axes, image, truth) in enumerate(zip(grid, images, truths, strict=True)):
         axes[0].imshow(image)
-        axes[0].set_title(f"true: {truth}", fontsize=9)
+        axes[0].set_title(fill(f"true: {truth}", 24), fontsize=9)
         for cell_axes, (loss, (pictures, predicted)) in zip(axes[1:], overlays.items(), strict=True):
             cell_axes.imshow(pictures[row])
             right = predicted[row] == truth
             cell_axes.set_title(
-                f"{LABELS[loss]}\n{predicted[row]}{'' if right else ' (wrong)'}",
+                f"{LABELS[loss]}\n{fill(predicted[row] + ('' if right else ' (wrong)'), 24)}",
                 fontsize=9,
                 color="black" if right else "#B00020",
             )

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from .losses import LABELS
+from .paper_numbers import PaperNumbers
 from .record import Record
 from .tables import Table, aligned, cell
 
@@ -17,24 +18,43 @@ def by_loss(records: Iterable[Record]) -> dict[str, list[Record]]:
     return {loss: group for loss, group in groups.items() if group}
 
 
-def table_1(records: Sequence[Record]) -> Table:
+def table_1(records: Sequence[Record], paper: PaperNumbers | None = None, title: str = "Test metrics") -> Table:
     """Accuracy, macro precision, macro recall and macro F1 of each loss."""
+    paper = paper or PaperNumbers()
     rows = [
-        (LABELS[loss], [cell([getattr(r.outcome.test, metric) for r in group]) for metric in METRICS.values()])
+        (
+            LABELS[loss],
+            [
+                cell([getattr(r.outcome.test, metric) for r in group], paper.metric(loss, metric))
+                for metric in METRICS.values()
+            ],
+        )
         for loss, group in by_loss(records).items()
     ]
-    return Table(f"Table 1. Test metrics, {_spread(records)}", ["Loss", *METRICS], rows)
+    return Table(f"Table 1. {title}, {_spread(records)}", ["Loss", *METRICS], rows)
 
 
-def table_2(records: Sequence[Record], class_names: Sequence[str], train_counts: Sequence[int]) -> Table:
+def table_2(
+    records: Sequence[Record],
+    class_names: Sequence[str],
+    train_counts: Sequence[int],
+    paper: PaperNumbers | None = None,
+    title: str = "Test F1 per class",
+) -> Table:
     """Per-class F1 of each loss; the classes are the columns, with their training counts."""
+    paper = paper or PaperNumbers()
     heads = [f"{name} ({count})" for name, count in zip(class_names, train_counts, strict=True)]
     rows = [
-        (LABELS[loss], [cell([r.outcome.test.per_class_f1[c] for r in group]) for c in range(len(class_names))])
+        (
+            LABELS[loss],
+            [
+                cell([r.outcome.test.per_class_f1[c] for r in group], paper.class_f1(loss, name))
+                for c, name in enumerate(class_names)
+            ],
+        )
         for loss, group in by_loss(records).items()
     ]
-    title = f"Table 2. Test F1 per class (training images of the class), {_spread(records)}"
-    return Table(title, ["Loss", *heads], rows)
+    return Table(f"Table 2. {title} (training images of the class), {_spread(records)}", ["Loss", *heads], rows)
 
 
 def time_table(records: Sequence[Record]) -> str:

@@ -9,6 +9,7 @@ import torch
 from .checkpoint import RESULTS
 from .experiment import Experiment
 from .output import write_atomically, write_json
+from .paper_numbers import FILE
 from .record import Record
 from .report import table_1, table_2, time_table
 from .split import describe_split
@@ -35,8 +36,11 @@ def finish(experiment: Experiment, records: Sequence[Record]) -> None:
     from . import plots  # matplotlib is slow to import
 
     names, counts, out = experiment.samples.class_names, experiment.train_counts, experiment.config.out
-    first, second = table_1(records), table_2(records, names, counts)
+    paper = experiment.paper
+    first, second = table_1(records, paper), table_2(records, names, counts, paper)
     print(f"\n{first.text()}\n\n{second.text()}\n\n{time_table(records)}\n", flush=True)
+    if paper is not None and not paper.losses:
+        print(f"{FILE.name} has no numbers of the paper for these data and this model to show beside these\n")
     write_results(experiment, records)
     _write(out / "tables.md", f"{first.markdown()}\n\n{second.markdown()}\n")
     _write(out / "table_1.csv", first.csv())
@@ -45,9 +49,8 @@ def finish(experiment: Experiment, records: Sequence[Record]) -> None:
     plots.plot_per_class_f1(records, names, counts, out / "per_class_f1.png")
     plots.plot_rare_f1(records, names, counts, out / "rare_f1.png")
     plots.plot_confusion(records, names, out / "confusion.png")
-    if experiment.overlays:
-        gallery = experiment.gallery()
-        plots.plot_overlays(*gallery, experiment.overlays, out / "grad_cam.png")
+    if experiment.config.grad_cam and (overlays := experiment.overlays()):
+        plots.plot_overlays(*experiment.gallery(), overlays, out / "grad_cam.png")
     print(f"wrote {out}: results.json, the tables (.md, .csv), curves.png, per_class_f1.png and more pictures")
 
 

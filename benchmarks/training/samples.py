@@ -25,7 +25,7 @@ class Samples:
         train_proportions: C relative class sizes to which the training part alone is thinned.
         groups: (n,) lesions or patients, of which several images may exist.
         group_name: What a group is.
-        published_size: How many images the complete dataset has.
+        published_counts: (C,) images of each class in the complete dataset.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Samples:
     train_proportions: tuple[float, ...] | None = None
     groups: np.ndarray | None = None
     group_name: str = "group"
-    published_size: int | None = None
+    published_counts: tuple[int, ...] | None = None
 
     @property
     def counts(self) -> np.ndarray:
@@ -47,6 +47,15 @@ class Samples:
     def channels(self) -> int:
         """Colour channels of an image; files are read as RGB."""
         return 3 if isinstance(self.images, list) else self.images.shape[1]
+
+    @property
+    def incomplete(self) -> str | None:
+        """Which class counts are not the published ones; None where they are, or where none are known."""
+        if self.published_counts is None or tuple(self.counts) == self.published_counts:
+            return None
+        rows = zip(self.class_names, self.counts, self.published_counts, strict=True)
+        different = ", ".join(f"{name} {own} of {published}" for name, own, published in rows if own != published)
+        return f"{len(self.labels)} of {sum(self.published_counts)} published images ({different})"
 
     def select(self, kept: np.ndarray) -> "Samples":
         """The samples at the indices ``kept``."""

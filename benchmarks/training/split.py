@@ -47,6 +47,8 @@ def describe_split(samples: Samples, grouped: bool) -> str:
         text += ", the training part then thinned"
     if grouped:
         return f"{text}, grouped: all images of a {samples.group_name} are in one part"
+    if samples.groups is None and samples.group_name != "group":
+        return f"{text}, not grouped: the data do not tell which images are of one {samples.group_name}"
     if samples.groups is None or len(np.unique(samples.groups)) == len(samples.groups):
         return text
     return f"{text}, not grouped: images of one {samples.group_name} leak from training into test (as in the paper)"

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .cli import CORES, parse
+from .cli import CORES, Parser, parse
 from .errors import UserError
 from .experiment import Experiment
 from .grid import LEARNING_RATES, SCALES, Point, cosine_points, grid
@@ -36,15 +36,14 @@ class Job:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing of the study and write study.json; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="study.py", description=__doc__)
+    parser = Parser(prog="study.py", description=__doc__)
     parser.add_argument("--data", nargs="+", default=list(DATASETS), help=f"default: {' '.join(DATASETS)}")
     parser.add_argument("--seeds", type=int, default=5, help="default: 5")
     parser.add_argument("--jobs", type=int, default=CORES, help="processes, one thread each (default: one a core)")
     parser.add_argument("--out", type=Path, default=Path("results/study"), help="default: results/study")
     parser.add_argument("--report", type=Path, help="folder of study.md and the pictures (default: --out)")
-    options = parser.parse_args(argv)
     try:
-        return _run(options)
+        return _run(parser.parse_args(argv))
     except UserError as error:
         print(f"study.py: error: {error}", file=sys.stderr)
         return 2

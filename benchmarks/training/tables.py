@@ -13,6 +13,7 @@ class Cell:
 
     mean: float
     deviation: float | None  # None with one seed
+    paper: float | None = None  # what the paper prints
 
     def __str__(self) -> str:
         return f"{self.mean:.3f}" if self.deviation is None else f"{self.mean:.3f} ± {self.deviation:.3f}"
@@ -20,7 +21,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of numbers with a named row for each loss; larger is better."""
+    """Columns of numbers with a named row for each loss; larger is better. The paper's follow ours in brackets."""
 
     title: str
     head: Sequence[str]
@@ -28,27 +29,41 @@ class Table:
 
     def text(self) -> str:
         """Aligned columns; the best of a column has a star."""
-        rows = [[name, *(f"{cell}{'*' if best else ' '}" for cell, best in cells)] for name, cells in self._marked()]
-        return f"{self.title} (* best)\n{aligned([[self.head[0], *(f'{name} ' for name in self.head[1:])], *rows])}"
+        blank = " " * len(_bracket(0.0)) if self.has_paper else ""
+        rows = [
+            [name, *(f"{cell}{'*' if best else ' '}{_bracket(cell.paper) or blank}" for cell, best in cells)]
+            for name, cells in self._marked()
+        ]
+        head = [self.head[0], *(f"{name} {blank}" for name in self.head[1:])]
+        return f"{self._title()} (* best)\n{aligned([head, *rows])}"
 
     def markdown(self) -> str:
         """A pipe table; the best of a column is bold."""
         rows = [
-            [name, *(f"**{cell}**" if best else str(cell) for cell, best in cells)] for name, cells in self._marked()
+            [name, *((f"**{cell}**" if best else str(cell)) + _bracket(cell.paper) for cell, best in cells)]
+            for name, cells in self._marked()
         ]
         ruler = [":--", *["--:"] * (len(self.head) - 1)]
         lines = ["| " + " | ".join(row) + " |" for row in [list(self.head), ruler, *rows]]
-        return f"**{self.title}**\n\n" + "\n".join(lines)
+        return f"**{self._title()}**\n\n" + "\n".join(lines)
 
     def csv(self) -> str:
-        """Plain numbers: a mean and a deviation column for each column."""
+        """Plain numbers: a mean and a deviation column for each column, and the paper's where there are any."""
+        kinds = ("mean", "deviation", "paper") if self.has_paper else ("mean", "deviation")
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        names = [f"{name} {kind}" for name in self.head[1:] for kind in ("mean", "deviation")]
-        writer.writerow([self.head[0], *names])
+        writer.writerow([self.head[0], *(f"{name} {kind}" for name in self.head[1:] for kind in kinds)])
         for name, cells in self.rows:
-            writer.writerow([name, *(value for cell in cells for value in (cell.mean, cell.deviation))])
+            writer.writerow([name, *(getattr(cell, kind) for cell in cells for kind in kinds)])
         return out.getvalue()
+
+    @property
+    def has_paper(self) -> bool:
+        """Whether some number of the paper is beside ours."""
+        return any(cell.paper is not None for _, cells in self.rows for cell in cells)
+
+    def _title(self) -> str:
+        return f"{self.title}; in brackets the paper's" if self.has_paper else self.title
 
     def _marked(self) -> list[tuple[str, list[tuple[Cell, bool]]]]:
         columns = zip(*(cells for _, cells in self.rows), strict=True)
@@ -59,9 +74,13 @@ class Table:
         ]
 
 
-def cell(values: Sequence[float]) -> Cell:
+def cell(values: Sequence[float], paper: float | None = None) -> Cell:
     """The mean and the sample standard deviation over seeds."""
-    return Cell(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+    return Cell(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, paper)
+
+
+def _bracket(paper: float | None) -> str:
+    return "" if paper is None else f" ({paper:.3f})"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

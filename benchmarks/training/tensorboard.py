@@ -10,7 +10,9 @@ from .loop import History
 TAGS = {
     "Loss/train": "train_loss",
     "Loss/val": "val_loss",
+    "Acc/train": "train_accuracy",
     "Acc/val": "val_accuracy",
+    "F1/train": "train_macro_f1",
     "F1/val": "val_macro_f1",
 }
 

@@ -30,6 +30,8 @@ def read_rows(root: Path, file_name: str, columns: Sequence[str]) -> list[dict[s
             rows = list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is not a CSV file: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     missing = [column for column in columns if column not in (reader.fieldnames or [])]
     if missing:
         raise UserError(f"{path} has no column {missing[0]!r}, expected the columns {', '.join(columns)}")

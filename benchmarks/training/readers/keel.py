@@ -43,7 +43,10 @@ def _package_folder(name: str) -> Path:
 
 
 def _read_table(path: Path, name: str, class_names: tuple[str, ...] | None) -> Samples:
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     rows = [[cell.strip() for cell in line.split(",")] for line in lines if line.strip() and line[0] != "@"]
     rows = [row for row in rows if not {"?", "<null>"} & set(row)]  # no guesses for unknown values
     try:

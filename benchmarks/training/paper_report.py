@@ -1,0 +1,94 @@
+"""The paper's Tables 1 and 2 and its Figure 1 over several runs of train.py, from their results.json."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .checkpoint import RESULTS, record_of
+from .output import write_atomically
+from .paper_numbers import PaperNumbers, paper_numbers
+from .record import Record
+from .report import table_1, table_2
+from .tables import Table
+
+TITLES = {"ham10000": "HAM10000", "isic2019": "ISIC-2019", "odir5k": "ODIR-5K"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What train.py left for one dataset and model."""
+
+    dataset: str
+    model: str
+    split: str
+    class_names: list[str]
+    train_counts: list[int]
+    records: list[Record]
+    paper: PaperNumbers | None
+
+    @property
+    def title(self) -> str:
+        """The dataset and the model."""
+        return f"{TITLES[self.dataset]}, {self.model}"
+
+    def tables(self) -> list[Table]:
+        """Tables 1 and 2."""
+        first = table_1(self.records, self.paper, f"{self.title}: test metrics")
+        title = f"{self.title}: test F1 per class"
+        return [first, table_2(self.records, self.class_names, self.train_counts, self.paper, title)]
+
+
+def read_run(folder: Path) -> Run | None:
+    """The results of train.py in ``folder``; None if it has finished no training."""
+    path = folder / RESULTS
+    if not path.exists():
+        return None
+    results = json.loads(path.read_text())
+    config = results["config"]
+    return Run(
+        dataset=config["data"].partition(":")[0],
+        model=config["model"],
+        split=results["split"],
+        class_names=results["class_names"],
+        train_counts=results["train_counts"],
+        records=[record_of(record) for record in results["records"]],
+        paper=paper_numbers(config["data"], config["model"], results["class_names"]),
+    )
+
+
+def write_report(runs: Sequence[Run], out: Path) -> None:
+    """Print the tables; write them as Markdown and CSV, and Figure 1."""
+    from . import plots  # matplotlib is slow to import
+
+    numbers = list(zip(*(run.tables() for run in runs), strict=True))
+    splits = "\n".join(f"split of {run.title}: {run.split}" for run in runs)
+    print("\n" + "\n\n".join(table.text() for tables in numbers for table in tables) + f"\n\n{splits}\n")
+    for i, tables in enumerate(numbers, start=1):
+        markdown = "\n\n".join(table.markdown() for table in tables)
+        _write(out / f"table_{i}.md", f"{markdown}\n\n{splits}\n")
+        _write(out / f"table_{i}.csv", _csv(runs, tables))
+    plots.plot_figure_1(runs, out / "figure_1.png")
+    print(f"wrote {out}: table_1 and table_2 (.md, .csv), figure_1.png; its folders have the rest")
+
+
+def _csv(runs: Sequence[Run], tables: Sequence[Table]) -> str:
+    """One number a line, since the datasets have different classes."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["dataset", "model", "loss", "column", "mean", "deviation", "paper"])
+    writer.writerows(_lines(runs, tables))
+    return out.getvalue()
+
+
+def _lines(runs: Sequence[Run], tables: Sequence[Table]) -> Iterator[list[object]]:
+    for run, table in zip(runs, tables, strict=True):
+        for loss, cells in table.rows:
+            for column, cell in zip(table.head[1:], cells, strict=True):
+                yield [TITLES[run.dataset], run.model, loss, column, cell.mean, cell.deviation, cell.paper]
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
