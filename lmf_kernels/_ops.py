@@ -6,15 +6,17 @@ Every fused backend is a pair of ops with the same arguments, in `torch.ops.lmf_
     <backend>_backward(grad_output, logits, target, stats, denominators, alpha, beta, s) -> grad_logits
 
 with stats (5, rows) = m, c1, c2, g1, g2 of reference.py's eq. 7 and denominators (2,) = [LDAM, focal] for 'mean', else
-empty. The raw ops are not differentiable; `fused_loss` is. The native ops are defined in csrc/lmf.cpp, the Triton ops
-here, so that they work without the extension.
+empty. The native ops are defined in csrc/lmf.cpp, the Triton ops here, so that they work without the extension.
+
+The forward ops are differentiable once, in the logits, which is what torch.compile and torch.export need; `fused_loss` is
+twice, in eager mode, by the autograd Functions below. torch.vmap folds the mapped dimension into N for both.
 """
 
 import functools
 import importlib.util
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -60,12 +62,28 @@ _library.define("triton_backward" + _BACKWARD_SCHEMA)
 _library.impl("triton_forward", _triton_forward, "CompositeExplicitAutograd")
 _library.impl("triton_backward", _triton_backward, "CompositeExplicitAutograd")
 
+
+
+def _below_autograd(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The op without its own autograd step, which costs time and is the Functions' in eager mode."""
+
+    def call(*arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    return call
+
+
 # Backend name -> its (forward, backward): the ops, for graphs, and the same by a shorter way, for eager mode.
 OPS = {"triton": (torch.ops.lmf_kernels.triton_forward.default, torch.ops.lmf_kernels.triton_backward.default)}
-EAGER: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = dict(OPS)
+EAGER: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    name: (_below_autograd(forward), _below_autograd(backward)) for name, (forward, backward) in OPS.items()
+}
+_native_devices: tuple[str, ...] = ()
 if _C is not None:
     OPS["native"] = (torch.ops.lmf_kernels.native_forward.default, torch.ops.lmf_kernels.native_backward.default)
     EAGER["native"] = (_C.native_forward, _C.native_backward)
+    _native_devices = tuple(_C.devices())
 
 
 def _fused(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -86,9 +104,84 @@ def _fake_backward(grad_output: Tensor, logits: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(logits)
 
 
-for _backend in OPS:
-    torch.library.register_fake(f"lmf_kernels::{_backend}_forward", _fake_forward, lib=_library)
-    torch.library.register_fake(f"lmf_kernels::{_backend}_backward", _fake_backward, lib=_library)
+def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, stats, denominators = output
+    ctx.mark_non_differentiable(stats, denominators)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0], inputs[1], stats, denominators)
+    ctx.options = inputs[7:]
+
+
+def _differentiate(backward: Callable[..., Any], ctx: Any, grad_output: Tensor | None, *unused: None) -> tuple[Any, ...]:
+    alpha, beta, _, s, _, _ = ctx.options
+    grad = None if grad_output is None else backward(grad_output, *ctx.saved_tensors, alpha, beta, s)
+    return (grad, *(None,) * 12)
+
+
+def _refuse_double_backward(ctx: Any, *grads: Any) -> NoReturn:
+    raise NotImplementedError(
+        "lmf_kernels does not support double backward inside torch.compile, torch.export or of the raw ops: compute the "
+        'loss outside the compiled function, or with backend="reference"'
+    )
+
+
+def _mapped_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """The mapped dimension first; a tensor that is not mapped repeats."""
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _one_by_one(call: Callable[..., Any], size: int, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> list:
+    return [
+        call(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
+        for i in range(size)
+    ]
+
+
+def _vmap_forward(
+    call: Callable[..., tuple[Tensor, Tensor, Tensor]], info: Any, in_dims: tuple[int | None, ...], *arguments: Any
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """The vmap rule of a forward op or of what stands for one, `call`.
+
+    One call for 'none' and 'sum'. The sums behind 'mean', and tables that are mapped, need a call for each entry.
+    """
+    size, reduction = info.batch_size, arguments[-1]
+    if reduction == MEAN or any(dim is not None for dim in in_dims[2:]):
+        results = _one_by_one(call, size, in_dims, arguments)
+        return tuple(torch.stack(outputs) for outputs in zip(*results, strict=True)), (0, 0, 0)
+    logits, target = (_mapped_first(a, dim, size) for a, dim in zip(arguments[:2], in_dims, strict=False))
+    loss, stats, denominators = call(logits.flatten(0, 1), target.flatten(0, 1), *arguments[2:-1], NONE)
+    loss = loss.reshape(target.shape)
+    stats = stats.reshape(5, size, target[:1].numel())
+    return (loss if reduction == NONE else loss.flatten(1).sum(1), stats, denominators), (0, 1, None)
+
+
+def _vmap_backward(
+    call: Callable[..., Tensor], info: Any, in_dims: tuple[int | None, ...], *arguments: Any
+) -> tuple[Tensor, int]:
+    """The vmap rule of a backward op or of what stands for one, `call`; folds where `_vmap_forward` does."""
+    size, denominators = info.batch_size, arguments[4]
+    if denominators.numel() or any(dim is not None for dim in in_dims[5:]):
+        return torch.stack(_one_by_one(call, size, in_dims, arguments)), 0
+    grad_output, logits, target, stats = (
+        _mapped_first(a, dim, size) for a, dim in zip(arguments[:4], in_dims, strict=False)
+    )
+    if grad_output.dim() == 1:  # of a sum
+        grad_output = grad_output.reshape(size, *(1,) * (target.dim() - 1)).expand(target.shape)
+    folded = (grad_output.flatten(0, 1), logits.flatten(0, 1), target.flatten(0, 1), stats.transpose(0, 1).flatten(1))
+    grad = call(*folded, denominators.new_empty(0), *arguments[5:])
+    return grad.reshape(logits.shape), 0
+
+
+for _backend, (_forward, _backward) in OPS.items():
+    _names = f"lmf_kernels::{_backend}_forward", f"lmf_kernels::{_backend}_backward"
+    for _name, _fake in zip(_names, (_fake_forward, _fake_backward), strict=True):
+        torch.library.register_fake(_name, _fake, lib=_library)
+    torch.library.register_autograd(
+        _names[0], functools.partial(_differentiate, _backward), setup_context=_save_for_op, lib=_library
+    )
+    torch.library.register_autograd(_names[1], _refuse_double_backward, lib=_library)
+    torch.library.register_vmap(_names[0], functools.partial(_vmap_forward, _forward), lib=_library)
+    torch.library.register_vmap(_names[1], functools.partial(_vmap_backward, _backward), lib=_library)
 
 
 @functools.cache
@@ -101,7 +194,7 @@ def available_backends(device: torch.device) -> tuple[str, ...]:
     found = []
     if device.type == "cuda" and has_triton():
         found.append("triton")
-    if _C is not None and device.type in _C.devices():
+    if device.type in _native_devices:
         found.append("native")
     return (*found, "reference")
 
@@ -114,6 +207,7 @@ def cpu_capability() -> str:
 _auto_choice: dict[str, str] = {}  # device type -> backend; what is installed does not change while we run
 
 
+@torch.compiler.assume_constant_result
 def select_backend(backend: str, device: torch.device) -> str:
     """Decides which backend computes the loss of tensors on `device`; the one place that does.
 
@@ -134,7 +228,7 @@ def select_backend(backend: str, device: torch.device) -> str:
                 )
         return choice
     if backend == "native":
-        if _C is None or device.type not in _C.devices():
+        if device.type not in _native_devices:
             raise RuntimeError(f'backend="native" is not available for {device.type} tensors: {_missing(device)}')
     elif backend == "triton" and not has_triton():
         raise RuntimeError('backend="triton" is not available: the package triton is missing (pip install triton)')
@@ -180,6 +274,10 @@ class _FusedLoss(torch.autograd.Function):
             grad = _fused(ctx.backend)[1](grad_output, logits, target, stats, denominators, alpha, beta, s)
         return (None, grad, *(None,) * 12)
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        _refuse_forward_mode()
+
 
 class _TransformableLoss(_FusedLoss):
     """The same in the form that torch.func's transforms ask for, which costs 25 us more a call."""
@@ -194,6 +292,10 @@ class _TransformableLoss(_FusedLoss):
         ctx.mark_non_differentiable(stats, denominators)
         ctx.set_materialize_grads(False)
         _save(ctx, inputs[0], inputs[1:], stats, denominators)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], backend: str, *arguments: Any) -> tuple[Any, Any]:
+        return _vmap_forward(functools.partial(_TransformableLoss.apply, backend), info, in_dims[1:], *arguments)
 
 
 def _save(ctx: Any, backend: str, arguments: tuple[Any, ...], stats: Tensor, denominators: Tensor) -> None:
@@ -240,6 +342,26 @@ class _FusedGrad(torch.autograd.Function):
         d_grad_output, d_logits = pull_back(grad_grad)
         return (None, d_grad_output, d_logits, *(None,) * 14)
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        _refuse_forward_mode()
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], backend: str, *arguments: Any) -> tuple[Tensor, int]:
+        def call(grad_output: Tensor, *rest: Any) -> Tensor:
+            # A folded sum comes back with a gradient for each row.
+            reduction = NONE if grad_output.dim() else rest[-1]
+            return _FusedGrad.apply(backend, grad_output, *rest[:-1], reduction)
+
+        return _vmap_backward(call, info, in_dims[1:], *arguments)
+
+
+def _refuse_forward_mode() -> NoReturn:
+    raise NotImplementedError(
+        "lmf_kernels does not support forward-mode differentiation (jvp, jacfwd, torch.func.hessian, forward_ad) in its "
+        "fused kernels: use reverse mode (torch.func.vjp, jacrev, jacrev of jacrev), or backend=\"reference\""
+    )
+
 
 def _versions(tables: tuple[Tensor | None, ...]) -> list[int]:
     return [-1 if table is None else table._version for table in tables]
@@ -247,6 +369,8 @@ def _versions(tables: tuple[Tensor | None, ...]) -> list[int]:
 
 def fused_loss(backend: str, logits: Tensor, *arguments: Any) -> Tensor:
     """The differentiable loss of a fused backend; the arguments after `backend` are those of its forward op."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        return OPS[backend][0](logits, *arguments)[0]
+    if torch._C._are_functorch_transforms_active():
         return _TransformableLoss.apply(backend, logits, *arguments)[0]
     return _FusedLoss.apply(backend, logits, *arguments)

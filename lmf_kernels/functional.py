@@ -227,6 +227,8 @@ def _check_labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
     """Raises IndexError for a bad label where looking costs no synchronisation: plain CPU tensors in eager mode."""
     if target.device.type != "cpu" or type(target) is not Tensor or torch.compiler.is_compiling():
         return
+    if torch._C._are_functorch_transforms_active():  # a label under torch.vmap has no one value
+        return
     bad = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
     if bad.any():
         raise IndexError(
