@@ -8,8 +8,8 @@ Every fused backend is a pair of ops with the same arguments, in `torch.ops.lmf_
 with stats (5, rows) = m, c1, c2, g1, g2 of reference.py's eq. 7 and denominators (2,) = [LDAM, focal] for 'mean', else
 empty. The native ops are defined in csrc/lmf.cpp, the Triton ops here, so that they work without the extension.
 
-The forward ops are differentiable once, in the logits, which is what torch.compile and torch.export need; `fused_loss` is
-twice, in eager mode, by the autograd Functions below. torch.vmap folds the mapped dimension into N for both.
+The forward ops are differentiable once, in the logits, which is what torch.compile and torch.export need; `fused_loss`
+is twice, in eager mode, by the autograd Functions below. torch.vmap folds the mapped dimension into N for both.
 """
 
 import functools
@@ -20,7 +20,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
+from ._vmap import backward_rule, forward_rule
 from .reference import MEAN, NONE, reference_loss
 
 try:
@@ -61,7 +64,6 @@ _library.define("triton_forward" + _FORWARD_SCHEMA)
 _library.define("triton_backward" + _BACKWARD_SCHEMA)
 _library.impl("triton_forward", _triton_forward, "CompositeExplicitAutograd")
 _library.impl("triton_backward", _triton_backward, "CompositeExplicitAutograd")
-
 
 
 def _below_autograd(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,64 +114,30 @@ def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     ctx.options = inputs[7:]
 
 
-def _differentiate(backward: Callable[..., Any], ctx: Any, grad_output: Tensor | None, *unused: None) -> tuple[Any, ...]:
+def _differentiate(
+    backward: Callable[..., Any], ctx: Any, grad_output: Tensor | None, *unused: None
+) -> tuple[Any, ...]:
     alpha, beta, _, s, _, _ = ctx.options
     grad = None if grad_output is None else backward(grad_output, *ctx.saved_tensors, alpha, beta, s)
     return (grad, *(None,) * 12)
 
 
-def _refuse_double_backward(ctx: Any, *grads: Any) -> NoReturn:
+def _refuse(what: str) -> NoReturn:
     raise NotImplementedError(
-        "lmf_kernels does not support double backward inside torch.compile, torch.export or of the raw ops: compute the "
-        'loss outside the compiled function, or with backend="reference"'
+        f"{what}: not supported by the fused kernels of lmf_kernels; do it outside the compiled function, or with "
+        'backend="reference", which supports it'
     )
 
 
-def _mapped_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    """The mapped dimension first; a tensor that is not mapped repeats."""
-    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+def _refuse_double_backward(ctx: Any, *grads: Any) -> NoReturn:
+    _refuse("double backward inside torch.compile or through an exported program")
 
 
-def _one_by_one(call: Callable[..., Any], size: int, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> list:
-    return [
-        call(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
-        for i in range(size)
-    ]
-
-
-def _vmap_forward(
-    call: Callable[..., tuple[Tensor, Tensor, Tensor]], info: Any, in_dims: tuple[int | None, ...], *arguments: Any
-) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """The vmap rule of a forward op or of what stands for one, `call`.
-
-    One call for 'none' and 'sum'. The sums behind 'mean', and tables that are mapped, need a call for each entry.
-    """
-    size, reduction = info.batch_size, arguments[-1]
-    if reduction == MEAN or any(dim is not None for dim in in_dims[2:]):
-        results = _one_by_one(call, size, in_dims, arguments)
-        return tuple(torch.stack(outputs) for outputs in zip(*results, strict=True)), (0, 0, 0)
-    logits, target = (_mapped_first(a, dim, size) for a, dim in zip(arguments[:2], in_dims, strict=False))
-    loss, stats, denominators = call(logits.flatten(0, 1), target.flatten(0, 1), *arguments[2:-1], NONE)
-    loss = loss.reshape(target.shape)
-    stats = stats.reshape(5, size, target[:1].numel())
-    return (loss if reduction == NONE else loss.flatten(1).sum(1), stats, denominators), (0, 1, None)
-
-
-def _vmap_backward(
-    call: Callable[..., Tensor], info: Any, in_dims: tuple[int | None, ...], *arguments: Any
-) -> tuple[Tensor, int]:
-    """The vmap rule of a backward op or of what stands for one, `call`; folds where `_vmap_forward` does."""
-    size, denominators = info.batch_size, arguments[4]
-    if denominators.numel() or any(dim is not None for dim in in_dims[5:]):
-        return torch.stack(_one_by_one(call, size, in_dims, arguments)), 0
-    grad_output, logits, target, stats = (
-        _mapped_first(a, dim, size) for a, dim in zip(arguments[:4], in_dims, strict=False)
+def _refuse_forward_mode() -> NoReturn:
+    raise NotImplementedError(
+        "forward-mode differentiation (jvp, jacfwd, torch.func.hessian, forward_ad): not supported by the fused "
+        'kernels of lmf_kernels; use vjp, jacrev or jacrev of jacrev, or backend="reference", which supports it'
     )
-    if grad_output.dim() == 1:  # of a sum
-        grad_output = grad_output.reshape(size, *(1,) * (target.dim() - 1)).expand(target.shape)
-    folded = (grad_output.flatten(0, 1), logits.flatten(0, 1), target.flatten(0, 1), stats.transpose(0, 1).flatten(1))
-    grad = call(*folded, denominators.new_empty(0), *arguments[5:])
-    return grad.reshape(logits.shape), 0
 
 
 for _backend, (_forward, _backward) in OPS.items():
@@ -180,19 +148,18 @@ for _backend, (_forward, _backward) in OPS.items():
         _names[0], functools.partial(_differentiate, _backward), setup_context=_save_for_op, lib=_library
     )
     torch.library.register_autograd(_names[1], _refuse_double_backward, lib=_library)
-    torch.library.register_vmap(_names[0], functools.partial(_vmap_forward, _forward), lib=_library)
-    torch.library.register_vmap(_names[1], functools.partial(_vmap_backward, _backward), lib=_library)
+    torch.library.register_vmap(_names[0], functools.partial(forward_rule, _forward), lib=_library)
+    torch.library.register_vmap(_names[1], functools.partial(backward_rule, _backward), lib=_library)
 
 
-@functools.cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+# Looked up once, at import: torch.compile cannot trace the looking.
+_has_triton = importlib.util.find_spec("triton") is not None
 
 
 def available_backends(device: torch.device) -> tuple[str, ...]:
     """The backends that can run on tensors of `device` in this installation, best first."""
     found = []
-    if device.type == "cuda" and has_triton():
+    if device.type == "cuda" and _has_triton:
         found.append("triton")
     if device.type in _native_devices:
         found.append("native")
@@ -204,10 +171,10 @@ def cpu_capability() -> str:
     return "none" if _C is None else _C.cpu_capability()
 
 
-_auto_choice: dict[str, str] = {}  # device type -> backend; what is installed does not change while we run
+_auto_choice = {name: available_backends(torch.device(name))[0] for name in ("cpu", "cuda")}
+_warned: set[str] = set()  # device types that use the reference for want of something better
 
 
-@torch.compiler.assume_constant_result
 def select_backend(backend: str, device: torch.device) -> str:
     """Decides which backend computes the loss of tensors on `device`; the one place that does.
 
@@ -221,16 +188,17 @@ def select_backend(backend: str, device: torch.device) -> str:
     if backend == "auto":
         choice = _auto_choice.get(device.type)
         if choice is None:
-            choice = _auto_choice[device.type] = available_backends(device)[0]
-            if choice == "reference" and device.type in ("cpu", "cuda"):
-                warnings.warn(
-                    f"lmf_kernels uses its slow eager reference on {device.type}: {_missing(device)}", stacklevel=4
-                )
+            return "reference"
+        if choice == "reference" and device.type not in _warned and not torch.compiler.is_compiling():
+            _warned.add(device.type)
+            warnings.warn(
+                f"lmf_kernels uses its slow eager reference on {device.type}: {_missing(device)}", stacklevel=4
+            )
         return choice
     if backend == "native":
         if device.type not in _native_devices:
             raise RuntimeError(f'backend="native" is not available for {device.type} tensors: {_missing(device)}')
-    elif backend == "triton" and not has_triton():
+    elif backend == "triton" and not _has_triton:
         raise RuntimeError('backend="triton" is not available: the package triton is missing (pip install triton)')
     return backend
 
@@ -295,7 +263,7 @@ class _TransformableLoss(_FusedLoss):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], backend: str, *arguments: Any) -> tuple[Any, Any]:
-        return _vmap_forward(functools.partial(_TransformableLoss.apply, backend), info, in_dims[1:], *arguments)
+        return forward_rule(functools.partial(_TransformableLoss.apply, backend), info, in_dims[1:], *arguments)
 
 
 def _save(ctx: Any, backend: str, arguments: tuple[Any, ...], stats: Tensor, denominators: Tensor) -> None:
@@ -353,23 +321,22 @@ class _FusedGrad(torch.autograd.Function):
             reduction = NONE if grad_output.dim() else rest[-1]
             return _FusedGrad.apply(backend, grad_output, *rest[:-1], reduction)
 
-        return _vmap_backward(call, info, in_dims[1:], *arguments)
-
-
-def _refuse_forward_mode() -> NoReturn:
-    raise NotImplementedError(
-        "lmf_kernels does not support forward-mode differentiation (jvp, jacfwd, torch.func.hessian, forward_ad) in its "
-        "fused kernels: use reverse mode (torch.func.vjp, jacrev, jacrev of jacrev), or backend=\"reference\""
-    )
+        return backward_rule(call, info, in_dims[1:], *arguments)
 
 
 def _versions(tables: tuple[Tensor | None, ...]) -> list[int]:
     return [-1 if table is None else table._version for table in tables]
 
 
+def _innermost_transform() -> TransformType:
+    return retrieve_current_functorch_interpreter().key()
+
+
 def fused_loss(backend: str, logits: Tensor, *arguments: Any) -> Tensor:
     """The differentiable loss of a fused backend; the arguments after `backend` are those of its forward op."""
     if torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active() and _innermost_transform() == TransformType.Grad:
+            _refuse("torch.func.grad, vjp and jacrev inside torch.compile")
         return OPS[backend][0](logits, *arguments)[0]
     if torch._C._are_functorch_transforms_active():
         return _TransformableLoss.apply(backend, logits, *arguments)[0]

@@ -14,31 +14,31 @@ def global_normalizer(
 ) -> tuple[Tensor, Tensor]:
     """The denominators of 'mean' over all ranks and micro-batches, for the argument `normalizer` of the losses.
 
-    'mean' divides the LDAM term by the sum of `ldam_weight[target]` and the focal term by the number of kept samples. Both
-    differ from rank to rank and from micro-batch to micro-batch, so a mean of means is not the mean of the joint batch.
-    With W ranks this returns::
+    'mean' divides the LDAM term by the sum of `ldam_weight[target]` and the focal term by the number of kept samples.
+    Both differ from rank to rank and from micro-batch to micro-batch, so a mean of means is not the mean of the joint
+    batch. With W ranks this returns::
 
         ldam  = (1 / W) * sum over ranks and micro-batches of ldam_weight[target], over kept samples
         focal = (1 / W) * number of kept samples of all ranks and micro-batches
 
-    DistributedDataParallel and FSDP2 (`fully_shard`) *average* gradients over the ranks. With the factor 1 / W that average
-    is the gradient of the joint batch's 'mean', and the average of the ranks' losses is its value. Where gradients are
-    *added* over ranks instead, multiply both denominators by W.
+    DistributedDataParallel and FSDP2 (`fully_shard`) *average* gradients over the ranks. With the factor 1 / W that
+    average is the gradient of the joint batch's 'mean', and the average of the ranks' losses is its value. Where
+    gradients are *added* over ranks instead, multiply both denominators by W.
 
     The sums are all-reduced together, once, and stay on the device: nothing waits for the host.
 
     Args:
         target: the labels of this rank, (N, ...) int64 or uint8; or a sequence of them, one for each micro-batch of an
-            optimiser step with gradient accumulation. The backward passes then add up to the right gradient: do not divide
-            by the number of micro-batches.
+            optimiser step with gradient accumulation. The backward passes then add up to the right gradient: do not
+            divide by the number of micro-batches.
         loss: the criterion, `LMFLoss`, `LDAMLoss` or `FocalLoss`, on the target's device; its `ldam_weight` and
             `ignore_index` are read. A label outside [0, C) counts as a kept sample of weight 0, as in 'mean'.
         group: the process group; None is the default group, or this process alone where torch.distributed is not
             initialised. All its ranks must call.
 
     Returns:
-        (ldam, focal), 0-dim tensors on the target's device, float64 (float32 on MPS). They are 0 where no sample of any rank
-        is kept; the loss is then NaN and its gradient 0, as for 'mean'.
+        (ldam, focal), 0-dim tensors on the target's device, float64 (float32 on MPS). They are 0 where no sample of any
+        rank is kept; the loss is then NaN and its gradient 0, as for 'mean'.
 
     Raises:
         TypeError: `target` or `loss` is something else.

@@ -17,12 +17,13 @@ class DeferredReweighting:
         w_j = 1                                                                           epoch < self.epoch
         w_j = C * e_j / sum_k e_k,   e_j = (1 - beta) / (1 - beta^n_j)                    epoch >= self.epoch
 
-    In place, so that neither torch.compile nor a captured CUDA graph has anything to redo. The weights depend on the epoch's
-    number alone, so a resumed run goes on with the right ones. Without weights the model first learns features from the data
-    as they are; LDAM-DRW also divides the learning rate by 100 at the same epoch.
+    In place, so that neither torch.compile nor a captured CUDA graph has anything to redo. The weights depend on the
+    epoch's number alone, so a resumed run goes on with the right ones. Without weights the model first learns features
+    from the data as they are; LDAM-DRW also divides the learning rate by 100 at the same epoch.
 
     Args:
-        loss: `LMFLoss`, `LDAMLoss`, or a `FocalLoss` built with `weight=torch.ones(C)`. Weights that it was built with are
+        loss: `LMFLoss`, `LDAMLoss`, or a `FocalLoss` built with `weight=torch.ones(C)`. Weights that it was built with
+        are
             replaced.
         cls_num_list: training samples per class, each >= 1, length C.
         epoch: the first epoch with weights, counted from 0; 160 of 200 in LDAM-DRW.
