@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import INTERPRETED, assert_exact
+from checks import BACKENDS, INTERPRETED, assert_exact
 from oracle import expected
 from torch import nn
 from torch._dynamo.utils import counters
@@ -19,6 +19,12 @@ from lmf_kernels import DeferredReweighting, FocalLoss, LDAMLoss, LMFLoss, ldam_
 
 COUNTS = [500, 80, 9, 40]
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(params=[pytest.param(b, marks=pytest.mark.slow if b == "reference" else ()) for b in BACKENDS])
+def backend(request):
+    """The reference, which is ordinary eager code, takes the compiler longest."""
+    return request.param
 
 
 @pytest.fixture(autouse=True)
