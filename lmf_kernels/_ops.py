@@ -153,7 +153,10 @@ for _backend, (_forward, _backward) in OPS.items():
 
 
 # Looked up once, at import: torch.compile cannot trace the looking.
-_has_triton = importlib.util.find_spec("triton") is not None
+try:
+    _has_triton = importlib.util.find_spec("triton") is not None
+except ImportError:  # an import hook that refuses it
+    _has_triton = False
 
 
 def available_backends(device: torch.device) -> tuple[str, ...]:

@@ -138,6 +138,18 @@ def test_new_weights_do_not_recompile(backend):
     assert compiled_graphs() == 1
 
 
+def test_hyper_parameters_are_constants(backend):
+    """Of the graph; another value is noticed and compiled anew."""
+    criterion = losses(backend)["lmf"]
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    z, y = torch.randn(5, 4), torch.randint(0, 4, (5,))
+    for i, gamma in enumerate((1.5, 2.0)):
+        criterion.gamma = gamma
+        options = dict(margins=criterion.margins, weight=criterion.ldam_weight, gamma=gamma)
+        assert_exact(compiled(z, y), expected(z, y, **options)[0])
+        assert compiled_graphs() == i + 1
+
+
 @pytest.mark.skipif(INTERPRETED, reason="about the choice of a backend, which the interpreter's tests make themselves")
 def test_first_call_of_a_process_may_be_compiled():
     """Nothing is left to look up at the first call that torch.compile could not trace."""
