@@ -176,6 +176,25 @@ def test_vmap_inside(backend):
     torch.testing.assert_close(grad, want)
 
 
+def test_compiled_autograd(backend):
+    """Backward compiled too: of a compiled step that calls it, and of an eager forward."""
+    model, criterion = nn.Linear(6, 4), losses(backend)["lmf"]
+    x, y = batch(8)
+    want = gradients(criterion(model(x), y), model)
+
+    def step(x, y):
+        criterion(model(x), y).backward()
+
+    model.zero_grad()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(step, backend="aot_eager")(x, y)
+    torch.testing.assert_close([p.grad for p in model.parameters()], want)
+
+    loss = criterion(model(x), y)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        torch.testing.assert_close(gradients(loss, model), want)
+
+
 class Trained(nn.Module):
     """A model together with its loss, which is what a training step exports."""
 

@@ -134,7 +134,8 @@ def test_one_process_has_the_denominators_of_mean(criterion):
     assert_exact(criterion(z, y, global_normalizer(y, criterion)), criterion(z, y).double())
     assert_exact(criterion(z, y, global_normalizer(y.to(torch.uint8), criterion)), criterion(z, y).double())
     nothing = torch.full_like(y, 3)
-    assert criterion(z, nothing, global_normalizer(nothing, criterion)).isnan()
+    loss = criterion(z.requires_grad_(), nothing, global_normalizer(nothing, criterion))
+    assert loss.isnan() and (torch.autograd.grad(loss, z)[0] == 0).all()
 
 
 def test_the_host_is_not_asked():
