@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -67,6 +68,9 @@ def test_autocast_leaves_float32_logits_alone(backend):
 
 
 @HALF
+@pytest.mark.skipif(
+    not torch.backends.cuda.is_built() or find_spec("triton") is None, reason="needs Triton and a CUDA build of torch"
+)
 def test_autocast_on_cuda_with_fake_tensors(dtype):
     """What needs no GPU: the ops, dtypes and devices that a step under CUDA autocast goes through."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
