@@ -2,6 +2,7 @@
 
 #include "lmf.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
@@ -143,7 +144,7 @@ static std::string cuda_architectures() { return ""; }
 #endif
 
 // The ops through the dispatcher, but without the boxing and parsing of torch.ops, which takes longer than the kernels
-// of a small batch.
+// of a small batch, and below their own autograd step: lmf_kernels._ops has Functions for that.
 using OptionalTensor = std::optional<at::Tensor>;
 using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&,
                                                                const OptionalTensor&, const OptionalTensor&,
@@ -160,7 +161,10 @@ struct Dispatched<Result(Arguments...)> {
   c10::TypedOperatorHandle<Result(Arguments...)> op;
   explicit Dispatched(const char* name)
       : op(c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Result(Arguments...)>()) {}
-  Result operator()(Arguments... arguments) const { return op.call(arguments...); }
+  Result operator()(Arguments... arguments) const {
+    at::AutoDispatchBelowAutograd guard;
+    return op.call(arguments...);
+  }
 };
 
 }  // namespace lmf

@@ -6,18 +6,22 @@
 LDAM, focal loss and cross-entropy are special cases of the same kernels.
 """
 
+from .distributed import global_normalizer
 from .functional import lmf_loss
 from .margins import class_counts, effective_number_weights, inverse_frequency_weights, ldam_margins
 from .modules import FocalLoss, LDAMLoss, LMFLoss
+from .schedules import DeferredReweighting
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DeferredReweighting",
     "FocalLoss",
     "LDAMLoss",
     "LMFLoss",
     "class_counts",
     "effective_number_weights",
+    "global_normalizer",
     "inverse_frequency_weights",
     "ldam_margins",
     "lmf_loss",

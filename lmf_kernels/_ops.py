@@ -6,19 +6,24 @@ Every fused backend is a pair of ops with the same arguments, in `torch.ops.lmf_
     <backend>_backward(grad_output, logits, target, stats, denominators, alpha, beta, s) -> grad_logits
 
 with stats (5, rows) = m, c1, c2, g1, g2 of reference.py's eq. 7 and denominators (2,) = [LDAM, focal] for 'mean', else
-empty. The raw ops are not differentiable; `fused_loss` is. The native ops are defined in csrc/lmf.cpp, the Triton ops
-here, so that they work without the extension.
+empty. The native ops are defined in csrc/lmf.cpp, the Triton ops here, so that they work without the extension.
+
+The forward ops are differentiable once, in the logits, which is what torch.compile and torch.export need; `fused_loss`
+is twice, in eager mode, by the autograd Functions below. torch.vmap folds the mapped dimension into N for both.
 """
 
 import functools
 import importlib.util
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
+from ._vmap import backward_rule, forward_rule
 from .reference import MEAN, NONE, reference_loss
 
 try:
@@ -60,12 +65,27 @@ _library.define("triton_backward" + _BACKWARD_SCHEMA)
 _library.impl("triton_forward", _triton_forward, "CompositeExplicitAutograd")
 _library.impl("triton_backward", _triton_backward, "CompositeExplicitAutograd")
 
+
+def _below_autograd(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The op without its own autograd step, which costs time and is the Functions' in eager mode."""
+
+    def call(*arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    return call
+
+
 # Backend name -> its (forward, backward): the ops, for graphs, and the same by a shorter way, for eager mode.
 OPS = {"triton": (torch.ops.lmf_kernels.triton_forward.default, torch.ops.lmf_kernels.triton_backward.default)}
-EAGER: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = dict(OPS)
+EAGER: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    name: (_below_autograd(forward), _below_autograd(backward)) for name, (forward, backward) in OPS.items()
+}
+_native_devices: tuple[str, ...] = ()
 if _C is not None:
     OPS["native"] = (torch.ops.lmf_kernels.native_forward.default, torch.ops.lmf_kernels.native_backward.default)
     EAGER["native"] = (_C.native_forward, _C.native_backward)
+    _native_devices = tuple(_C.devices())
 
 
 def _fused(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -86,22 +106,65 @@ def _fake_backward(grad_output: Tensor, logits: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(logits)
 
 
-for _backend in OPS:
-    torch.library.register_fake(f"lmf_kernels::{_backend}_forward", _fake_forward, lib=_library)
-    torch.library.register_fake(f"lmf_kernels::{_backend}_backward", _fake_backward, lib=_library)
+def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, stats, denominators = output
+    ctx.mark_non_differentiable(stats, denominators)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0], inputs[1], stats, denominators)
+    ctx.options = inputs[7:]
 
 
-@functools.cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _differentiate(
+    backward: Callable[..., Any], ctx: Any, grad_output: Tensor | None, *unused: None
+) -> tuple[Any, ...]:
+    alpha, beta, _, s, _, _ = ctx.options
+    grad = None if grad_output is None else backward(grad_output, *ctx.saved_tensors, alpha, beta, s)
+    return (grad, *(None,) * 12)
+
+
+def _refuse(what: str) -> NoReturn:
+    raise NotImplementedError(
+        f"{what}: not supported by the fused kernels of lmf_kernels; do it outside the compiled function, or with "
+        'backend="reference", which supports it'
+    )
+
+
+def _refuse_double_backward(ctx: Any, *grads: Any) -> NoReturn:
+    _refuse("double backward inside torch.compile or through an exported program")
+
+
+def _refuse_forward_mode() -> NoReturn:
+    raise NotImplementedError(
+        "forward-mode differentiation (jvp, jacfwd, torch.func.hessian, forward_ad): not supported by the fused "
+        'kernels of lmf_kernels; use vjp, jacrev or jacrev of jacrev, or backend="reference", which supports it'
+    )
+
+
+for _backend, (_forward, _backward) in OPS.items():
+    _names = f"lmf_kernels::{_backend}_forward", f"lmf_kernels::{_backend}_backward"
+    for _name, _fake in zip(_names, (_fake_forward, _fake_backward), strict=True):
+        torch.library.register_fake(_name, _fake, lib=_library)
+    torch.library.register_autograd(
+        _names[0], functools.partial(_differentiate, _backward), setup_context=_save_for_op, lib=_library
+    )
+    torch.library.register_autograd(_names[1], _refuse_double_backward, lib=_library)
+    torch.library.register_vmap(_names[0], functools.partial(forward_rule, _forward), lib=_library)
+    torch.library.register_vmap(_names[1], functools.partial(backward_rule, _backward), lib=_library)
+
+
+# Looked up once, at import: torch.compile cannot trace the looking.
+try:
+    _has_triton = importlib.util.find_spec("triton") is not None
+except ImportError:  # an import hook that refuses it
+    _has_triton = False
 
 
 def available_backends(device: torch.device) -> tuple[str, ...]:
     """The backends that can run on tensors of `device` in this installation, best first."""
     found = []
-    if device.type == "cuda" and has_triton():
+    if device.type == "cuda" and _has_triton:
         found.append("triton")
-    if _C is not None and device.type in _C.devices():
+    if device.type in _native_devices:
         found.append("native")
     return (*found, "reference")
 
@@ -111,7 +174,8 @@ def cpu_capability() -> str:
     return "none" if _C is None else _C.cpu_capability()
 
 
-_auto_choice: dict[str, str] = {}  # device type -> backend; what is installed does not change while we run
+_auto_choice = {name: available_backends(torch.device(name))[0] for name in ("cpu", "cuda")}
+_warned: set[str] = set()  # device types that use the reference for want of something better
 
 
 def select_backend(backend: str, device: torch.device) -> str:
@@ -127,16 +191,17 @@ def select_backend(backend: str, device: torch.device) -> str:
     if backend == "auto":
         choice = _auto_choice.get(device.type)
         if choice is None:
-            choice = _auto_choice[device.type] = available_backends(device)[0]
-            if choice == "reference" and device.type in ("cpu", "cuda"):
-                warnings.warn(
-                    f"lmf_kernels uses its slow eager reference on {device.type}: {_missing(device)}", stacklevel=4
-                )
+            return "reference"
+        if choice == "reference" and device.type not in _warned and not torch.compiler.is_compiling():
+            _warned.add(device.type)
+            warnings.warn(
+                f"lmf_kernels uses its slow eager reference on {device.type}: {_missing(device)}", stacklevel=4
+            )
         return choice
     if backend == "native":
-        if _C is None or device.type not in _C.devices():
+        if device.type not in _native_devices:
             raise RuntimeError(f'backend="native" is not available for {device.type} tensors: {_missing(device)}')
-    elif backend == "triton" and not has_triton():
+    elif backend == "triton" and not _has_triton:
         raise RuntimeError('backend="triton" is not available: the package triton is missing (pip install triton)')
     return backend
 
@@ -180,6 +245,10 @@ class _FusedLoss(torch.autograd.Function):
             grad = _fused(ctx.backend)[1](grad_output, logits, target, stats, denominators, alpha, beta, s)
         return (None, grad, *(None,) * 12)
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        _refuse_forward_mode()
+
 
 class _TransformableLoss(_FusedLoss):
     """The same in the form that torch.func's transforms ask for, which costs 25 us more a call."""
@@ -194,6 +263,10 @@ class _TransformableLoss(_FusedLoss):
         ctx.mark_non_differentiable(stats, denominators)
         ctx.set_materialize_grads(False)
         _save(ctx, inputs[0], inputs[1:], stats, denominators)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], backend: str, *arguments: Any) -> tuple[Any, Any]:
+        return forward_rule(functools.partial(_TransformableLoss.apply, backend), info, in_dims[1:], *arguments)
 
 
 def _save(ctx: Any, backend: str, arguments: tuple[Any, ...], stats: Tensor, denominators: Tensor) -> None:
@@ -240,13 +313,34 @@ class _FusedGrad(torch.autograd.Function):
         d_grad_output, d_logits = pull_back(grad_grad)
         return (None, d_grad_output, d_logits, *(None,) * 14)
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        _refuse_forward_mode()
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], backend: str, *arguments: Any) -> tuple[Tensor, int]:
+        def call(grad_output: Tensor, *rest: Any) -> Tensor:
+            # A folded sum comes back with a gradient for each row.
+            reduction = NONE if grad_output.dim() else rest[-1]
+            return _FusedGrad.apply(backend, grad_output, *rest[:-1], reduction)
+
+        return backward_rule(call, info, in_dims[1:], *arguments)
+
 
 def _versions(tables: tuple[Tensor | None, ...]) -> list[int]:
     return [-1 if table is None else table._version for table in tables]
 
 
+def _innermost_transform() -> TransformType:
+    return retrieve_current_functorch_interpreter().key()
+
+
 def fused_loss(backend: str, logits: Tensor, *arguments: Any) -> Tensor:
     """The differentiable loss of a fused backend; the arguments after `backend` are those of its forward op."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active() and _innermost_transform() == TransformType.Grad:
+            _refuse("torch.func.grad, vjp and jacrev inside torch.compile")
+        return OPS[backend][0](logits, *arguments)[0]
+    if torch._C._are_functorch_transforms_active():
         return _TransformableLoss.apply(backend, logits, *arguments)[0]
     return _FusedLoss.apply(backend, logits, *arguments)

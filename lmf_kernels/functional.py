@@ -63,7 +63,8 @@ def lmf_loss(
         reduction: 'none' keeps the target's shape; 'sum' adds the kept rows; 'mean' divides the LDAM sum by the sum of
             ldam_weight[y] over kept rows (as F.cross_entropy) and the focal sum by the number of kept rows.
         normalizer: replaces the denominators of 'mean': a number > 0, a 0-dim tensor (read on the device), or a pair of
-            these for LDAM and focal. For gradient accumulation and global means over data-parallel ranks.
+            these for LDAM and focal. For gradient accumulation and global means over data-parallel ranks, where
+            `global_normalizer` computes it.
         backend: 'auto', 'triton', 'native' (compiled C++ or CUDA) or 'reference' (eager PyTorch). 'auto' is Triton on
             GPU tensors, else native, else the reference.
 
@@ -226,6 +227,8 @@ def _check_normalizer(normalizer: Normalizer, device: torch.device) -> tuple[flo
 def _check_labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
     """Raises IndexError for a bad label where looking costs no synchronisation: plain CPU tensors in eager mode."""
     if target.device.type != "cpu" or type(target) is not Tensor or torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():  # a label under torch.vmap has no one value
         return
     bad = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
     if bad.any():

@@ -66,8 +66,8 @@ class _Loss(nn.Module):
     def set_weight(self, weight: Tensor) -> None:
         """Copies class weights, (C,), in place into every term's weights.
 
-        In place, so that a schedule (LDAM's deferred re-weighting) needs no recompilation under torch.compile and no
-        new capture of a CUDA graph.
+        In place, so that a schedule (`DeferredReweighting`) needs no recompilation under torch.compile and no new
+        capture of a CUDA graph.
 
         Raises:
             RuntimeError: the loss was built without class weights (FocalLoss alone, which does not know C).

@@ -46,3 +46,13 @@ def test_triton_in_the_interpreter(file, runs):
     run = runs[file].result()
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="already in the interpreter")
+@pytest.mark.parametrize("file", ["test_autograd_modes.py", "test_compile.py"])
+def test_integration_with_triton_in_the_interpreter(file):
+    """What these files test is in front of the kernels and the same for all of them."""
+    run = run_interpreted(file)
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout

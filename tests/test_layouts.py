@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
-from checks import DTYPES, accumulated, assert_exact, check
+from checks import DTYPES, INTERPRETED, accumulated, assert_exact, check
 from oracle import expected
 from pairwise import pairs
 
@@ -146,3 +149,45 @@ def test_offsets_beyond_32_bits(stride, backend):
     logits = torch.empty(size, dtype=torch.bfloat16).as_strided((rows, classes), stride)
     logits.copy_(torch.randn(rows, classes))
     check(logits, torch.tensor([8, 3]), backend, torch.rand(2), reduction="none")
+
+
+def free_memory():
+    """Bytes that a large test may take; Linux's estimate, elsewhere all there is."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="millions of rows take the interpreter days")
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("shape, period", [((2**16 + 4, 2**15), 4), ((2**28 + 32, 8), 32)], ids=["wide", "narrow"])
+def test_more_than_32_bits_of_elements(shape, period, reduction):
+    """Dense bfloat16 logits, a few rows over and over, so that the oracle need not see more than those."""
+    rows, classes = shape
+    assert rows * classes > 2**31 and rows % period == 0
+    needed = 2 * 2 * rows * classes + (5 + 2 * (reduction == "none")) * 4 * rows + 8 * rows + 2**30
+    if free_memory() < needed:
+        pytest.skip(f"needs {needed >> 30} GB of free memory")
+    block, labels = torch.randn(period, classes).bfloat16(), torch.randint(0, classes, (period,))
+    labels[1] = -100
+    logits = torch.empty(shape, dtype=torch.bfloat16)
+    logits.view(-1, period, classes)[:] = block
+    target = labels.repeat(rows // period)
+    exact_loss, exact_grad = expected(block, labels, s=1.0, reduction=reduction)
+
+    loss = lmf_loss(logits.requires_grad_(), target, s=1.0, reduction=reduction, backend="native")
+    outer = torch.ones(()).expand(loss.shape)
+    if reduction == "none":
+        assert_exact(loss.detach()[:period], exact_loss)
+        assert (loss.detach().view(-1, period) == loss.detach()[:period]).all()
+    else:
+        assert_exact(loss.detach(), exact_loss)
+        outer = outer * float(2**24)  # else the gradients of a mean over so many rows leave bfloat16's normal range
+    (grad,) = torch.autograd.grad(loss, logits, outer)
+    scale = 1.0 if reduction == "none" else 2.0**24 * period / rows
+    assert_exact(grad[:period], exact_grad * scale)
+    for part in grad.view(-1, period, classes).split(max(1, 2**27 // (period * classes))):
+        assert torch.equal(part, grad[:period].expand_as(part))

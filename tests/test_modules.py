@@ -12,7 +12,7 @@ from checks import assert_exact
 from oracle import expected
 from torch import nn
 
-from lmf_kernels import FocalLoss, LDAMLoss, LMFLoss, ldam_margins, lmf_loss
+from lmf_kernels import DeferredReweighting, FocalLoss, LDAMLoss, LMFLoss, global_normalizer, ldam_margins, lmf_loss
 
 COUNTS = [500, 80, 9, 40]
 
@@ -220,7 +220,9 @@ def test_swapping_the_criterion_trains_with_no_other_change(criterion):
     assert (model(x).argmax(1) == y).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("function", [lmf_loss, LMFLoss, LDAMLoss, FocalLoss, ldam_margins])
+@pytest.mark.parametrize(
+    "function", [lmf_loss, LMFLoss, LDAMLoss, FocalLoss, ldam_margins, global_normalizer, DeferredReweighting]
+)
 def test_help_reads_well(function):
     text = inspect.getdoc(function)
     assert text and all(word in text for word in ("Args:", "Raises:", "arXiv"))

@@ -133,11 +133,12 @@ def test_backward_reads_each_terms_own_denominator(fused):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [(9, 5), (4, 5, 3)])
 def test_opcheck(shape, dtype, reduction, fused):
+    """Schema, fake tensors, autograd registration and AOT dispatch; forward with its gradient."""
     forward, backward = ops(fused)
     z, y, w = batch(dtype, shape)
-    arguments = forward_arguments(z, y, reduction, margins=torch.rand(5), ldam_weight=w, focal_weight=w.double())
-    torch.library.opcheck(forward, arguments)
-    loss, stats, denominators = forward(*arguments)
+    tables = dict(margins=torch.rand(5), ldam_weight=w, focal_weight=w.double())
+    torch.library.opcheck(forward, forward_arguments(z.clone().requires_grad_(), y, reduction, **tables))
+    loss, stats, denominators = forward(*forward_arguments(z, y, reduction, **tables))
     torch.library.opcheck(backward, (torch.ones_like(loss), z, y, stats, denominators, 1.3, 0.7, 5.0))
 
 
@@ -154,3 +155,17 @@ def test_fake_outputs_lay_out_like_real_ones(reduction, fused):
     grad = backward(torch.ones_like(reals[0]), z, y, *reals[1:], 1.3, 0.7, 5.0)
     for fake, real in zip((*fakes, fake_grad), (*reals, grad), strict=True):
         assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+@pytest.mark.parametrize("reduction", list(REDUCTION))
+def test_forward_op_is_differentiable(reduction, fused):
+    """For graphs, which hold the raw ops."""
+    forward, _ = ops(fused)
+    z, y, w = batch()
+    z.requires_grad_()
+    loss, stats, denominators = forward(*forward_arguments(z, y, reduction, ldam_weight=w))
+    outer = torch.rand_like(loss)
+    (grad,) = torch.autograd.grad(loss, z, outer)
+    options = dict(alpha=1.3, beta=0.7, s=5.0, reduction=reduction, grad_output=outer)
+    assert_exact(grad, expected(z, y, ldam_weight=w, **options)[1])
+    assert not stats.requires_grad and not denominators.requires_grad

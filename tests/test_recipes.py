@@ -62,3 +62,21 @@ def test_adeelh_focal_loss():
     nll = F.nll_loss(log_p, target[kept], weight=weight.double(), reduction="none")
     expected = ((1 - log_p_t.exp()) ** 2 * nll).mean()
     assert_same(FocalLoss(gamma=2.0, weight=weight)(logits, target), expected, logits)
+
+
+def widely_copied_variant(logits, target, alpha, beta):
+    """alpha * focal of the batch mean, (1 - e^-L)^2 L with L the mean cross-entropy, + beta * LDAM."""
+    nll = F.cross_entropy(logits, target)
+    focal = (1 - torch.exp(-nll)) ** 2 * nll
+    margins = ldam_margins(COUNTS).double()
+    return alpha * focal + beta * F.cross_entropy(shifted(logits, target, margins, 30), target)
+
+
+def test_widely_copied_variant():
+    """Its alpha is our beta. Of one sample the losses are equal, of a batch not: its focal loss is not per sample."""
+    recipe = LMFLoss(COUNTS, alpha=0.7, beta=1.3, gamma=2.0)  # theirs: alpha 1.3 (focal), beta 0.7 (LDAM)
+    logits, target = batch()
+    one = logits.detach()[:1].requires_grad_()
+    assert_same(recipe(one, target[:1]), widely_copied_variant(one, target[:1], 1.3, 0.7), one)
+    theirs, ours = (f(logits, target).item() for f in (lambda z, y: widely_copied_variant(z, y, 1.3, 0.7), recipe))
+    assert abs(theirs - ours) > 1e-3 * ours
