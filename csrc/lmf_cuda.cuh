@@ -98,26 +98,67 @@ __device__ __forceinline__ int misalignment(const T* address) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(address) % kVectorBytes / sizeof(T));
 }
 
+// What is moved by one access.
+template <int bytes>
+struct Bits;
+template <>
+struct Bits<2> {
+  using type = unsigned short;
+};
+template <>
+struct Bits<4> {
+  using type = unsigned;
+};
+template <>
+struct Bits<8> {
+  using type = uint2;
+};
+template <>
+struct Bits<16> {
+  using type = uint4;
+};
+
 // One access for a whole, aligned vector.
-template <typename T>
-__device__ __forceinline__ Vector<T> load_vector(const T* address) {
-  const uint4 bits = *reinterpret_cast<const uint4*>(address);
-  Vector<T> x;
+template <typename T, int n = Vector<T>::size>
+__device__ __forceinline__ Vector<T, n> load_vector(const T* address) {
+  const auto bits = *reinterpret_cast<const typename Bits<n * sizeof(T)>::type*>(address);
+  Vector<T, n> x;
   memcpy(&x, &bits, sizeof(x));
   return x;
 }
-template <typename T>
-__device__ __forceinline__ void store_vector(T* address, const Vector<T>& x) {
-  uint4 bits;
+template <typename T, int n>
+__device__ __forceinline__ void store_vector(T* address, const Vector<T, n>& x) {
+  typename Bits<n * sizeof(T)>::type bits;
   memcpy(&bits, &x, sizeof(x));
-  *reinterpret_cast<uint4*>(address) = bits;
+  *reinterpret_cast<decltype(bits)*>(address) = bits;
 }
 // The same in global memory, where the compiler would split the assignment of a uint4 in four.
-template <typename T>
-__device__ __forceinline__ void store_global(T* address, const Vector<T>& x) {
-  uint4 bits;
+template <typename T, int n>
+__device__ __forceinline__ void store_global(T* address, const Vector<T, n>& x) {
+  typename Bits<n * sizeof(T)>::type bits;
   memcpy(&bits, &x, sizeof(x));
-  __stwb(reinterpret_cast<uint4*>(address), bits);
+  __stwb(reinterpret_cast<decltype(bits)*>(address), bits);
+}
+
+// The 16 bytes at an address that is `shift` > 0 elements past an aligned one, from the two aligned vectors there.
+template <typename T>
+__device__ __forceinline__ Vector<T> load_shifted(const T* address, int shift) {
+  const Vector<T> low = load_vector(address - shift), high = load_vector(address - shift + Vector<T>::size);
+  unsigned words[8];
+  memcpy(words, &low, sizeof(low));
+  memcpy(words + 4, &high, sizeof(high));
+  const int bytes = shift * static_cast<int>(sizeof(T));
+#pragma unroll
+  for (int i = 0; i < 6; i++) words[i] = bytes & 8 ? words[i + 2] : words[i];
+#pragma unroll
+  for (int i = 0; i < 5; i++) words[i] = bytes & 4 ? words[i + 1] : words[i];
+  if (sizeof(T) < 4) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) words[i] = __funnelshift_r(words[i], words[i + 1], bytes % 4 * 8);
+  }
+  Vector<T> x;
+  memcpy(&x, words, sizeof(x));
+  return x;
 }
 
 // `count` neighbours in memory as aligned vectors, whatever the address: the first and the last vector may be partial.
@@ -171,39 +212,41 @@ struct Group {
         rows_per_tile((kRowsThreads >> work.lane_bits) * work.rows_per_group) {}
 };
 
-// ---- tiles of the flat regime
-// ----------------------------------------------------------------------------------------
+// ---- tiles of the flat regime ----------------------------------------------------------------------------------
 
-// A flat tile in shared memory, shifted so that its 16-byte vectors are those of global memory.
+// A flat tile in shared memory, from `shared + head` on: with the head of either side its 16-byte vectors are those of
+// that side in global memory.
 template <typename T>
-__device__ __forceinline__ void load_flat(const T* source, int count, T* shared) {
+__device__ __forceinline__ void load_flat(const T* source, int count, T* shared, int head) {
   const Span<T> span(source, count);
 #pragma unroll 4
   for (int v = threadIdx.x; v < span.vectors; v += kFlatThreads) {
     const int first = span.first(v);
     if (span.whole(first)) {
-      store_vector(shared + v * span.V, load_vector(source + first));
+      const Vector<T> x = load_vector(source + first);
+      if (span.head == head) {
+        store_vector(shared + v * span.V, x);
+      } else {
+#pragma unroll
+        for (int k = 0; k < span.V; k++) shared[head + first + k] = x.at[k];
+      }
     } else {
-      for (int e = max(first, 0); e < min(first + span.V, count); e++) shared[span.head + e] = source[e];
+      for (int e = max(first, 0); e < min(first + span.V, count); e++) shared[head + e] = source[e];
     }
   }
 }
 
-// The way back; `head` is where load_flat put the first element.
+// The way back, from where the vectors are those of the destination.
 template <typename T>
-__device__ __forceinline__ void store_flat(T* destination, int count, const T* shared, int head) {
+__device__ __forceinline__ void store_flat(T* destination, int count, const T* shared) {
   const Span<T> span(destination, count);
-  if (span.head != head) {
-    for (int e = threadIdx.x; e < count; e += kFlatThreads) destination[e] = shared[head + e];
-    return;
-  }
 #pragma unroll 4
   for (int v = threadIdx.x; v < span.vectors; v += kFlatThreads) {
     const int first = span.first(v);
     if (span.whole(first)) {
       store_global(destination + first, load_vector(shared + v * span.V));
     } else {
-      for (int e = max(first, 0); e < min(first + span.V, count); e++) destination[e] = shared[head + e];
+      for (int e = max(first, 0); e < min(first + span.V, count); e++) destination[e] = shared[span.head + e];
     }
   }
 }

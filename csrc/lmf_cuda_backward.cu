@@ -111,9 +111,8 @@ __global__ void __launch_bounds__(kFlatThreads, 7) backward_flat(const BackwardP
   const Rates<A, n> rates(p.work);
   int head = 0;
   const auto load = [&](int64_t row, int count) {
-    const T* source = static_cast<const T*>(p.logits) + row * classes;
-    head = misalignment(source);
-    load_flat(source, count * classes, shared);
+    head = misalignment(static_cast<const T*>(p.grad_logits) + row * classes);
+    load_flat(static_cast<const T*>(p.logits) + row * classes, count * classes, shared, head);
   };
   const auto stream = [&](int64_t first_row, int count) {
     if (static_cast<int>(threadIdx.x) < count) {
@@ -124,7 +123,7 @@ __global__ void __launch_bounds__(kFlatThreads, 7) backward_flat(const BackwardP
       });
     }
     __syncthreads();
-    store_flat(static_cast<T*>(p.grad_logits) + first_row * classes, count * classes, shared, head);
+    store_flat(static_cast<T*>(p.grad_logits) + first_row * classes, count * classes, shared);
   };
   for_tiles<kFlatThreads>(p, tile, kFlatThreads, load, stream);
 }
@@ -162,14 +161,15 @@ __global__ void __launch_bounds__(kRowsThreads, 2) backward_rows(const BackwardP
       const T* z = static_cast<const T*>(p.logits) + offset(at, p.strides) + first_class * p.stride_c;
       T* grad = static_cast<T*>(p.grad_logits) + offset(at, p.grad_strides) + first_class * p.grad_stride_c;
       const Span<T> span = dense_grad ? Span<T>(grad, classes) : Span<T>(classes);
-      const bool wide = dense && misalignment(z) == span.head;
+      // Elements from an aligned vector of logits to the vector that has those of a vector of gradients.
+      const int shift = dense ? (misalignment(z) - span.head) & (V - 1) : 0;
       for (int v = group.lane; v < span.vectors; v += group.lanes * U) {
         Vector<T> x[U];
 #pragma unroll
         for (int u = 0; u < U; u++) {
           const int first = span.first(v + u * group.lanes);
-          if (!zero && wide && span.whole(first)) {
-            x[u] = load_vector(z + first);
+          if (!zero && dense && span.whole(first - shift) && (shift == 0 || span.whole(first - shift + V))) {
+            x[u] = shift == 0 ? load_vector(z + first) : load_shifted(z + first, shift);
           } else {
 #pragma unroll
             for (int k = 0; k < V; k++) {
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kRowsThreads, 2) backward_rows(const BackwardP
 template <typename T, int V, int n>
 __global__ void __launch_bounds__(kPixelsThreads, 4) backward_pixels(const BackwardParams p) {
   using A = Acc<T>;
-  constexpr int K = V == 1 ? 8 : 4;  // classes in flight
+  constexpr int K = V * sizeof(T) < 8 ? 8 : 4;  // classes in flight
   constexpr int kRows = kPixelsThreads * V;
   __shared__ GradientTile<A, n, kRows> tile;
   const Rates<A, n> rates(p.work);
@@ -222,11 +222,7 @@ __global__ void __launch_bounds__(kPixelsThreads, 4) backward_pixels(const Backw
 #pragma unroll
       for (int k = 0; k < K; k++) {
         if (j + k >= classes) break;
-        if constexpr (V == 1) {
-          x[k].at[0] = z[(j + k) * p.stride_c];
-        } else {
-          x[k] = load_vector(z + (j + k) * p.stride_c);
-        }
+        x[k] = load_vector<T, V>(z + (j + k) * p.stride_c);
       }
 #pragma unroll
       for (int k = 0; k < K; k++) {
@@ -236,11 +232,7 @@ __global__ void __launch_bounds__(kPixelsThreads, 4) backward_pixels(const Backw
           const A gradient = row[v].of(j + k, widen(x[k].at[v]), rates.rate);
           x[k].at[v] = narrow<T>(row[v].y == kNoGradient ? A(0) : gradient);
         }
-        if constexpr (V == 1) {
-          grad[(j + k) * p.grad_stride_c] = x[k].at[0];
-        } else {
-          store_global(grad + (j + k) * p.grad_stride_c, x[k]);
-        }
+        store_global(grad + (j + k) * p.grad_stride_c, x[k]);
       }
     }
   };
@@ -255,9 +247,11 @@ cudaError_t launch_backward(const Launch& launch, const BackwardParams& p, cudaS
       backward_flat<T, n><<<launch.blocks, launch.threads, launch.shared_bytes, stream>>>(p);
     } else if (launch.regime == Regime::kRows) {
       backward_rows<T, n><<<launch.blocks, launch.threads, 0, stream>>>(p);
-    } else if (!launch.wide) {
+    } else if (launch.width == 1) {
       backward_pixels<T, 1, n><<<launch.blocks, launch.threads, 0, stream>>>(p);
-    } else if constexpr (sizeof(T) < 8) {
+    } else if (launch.width == 2) {
+      backward_pixels<T, 2, n><<<launch.blocks, launch.threads, 0, stream>>>(p);
+    } else if constexpr (Vector<T>::size > 2) {
       backward_pixels<T, Vector<T>::size, n><<<launch.blocks, launch.threads, 0, stream>>>(p);
     }
     return cudaGetLastError();

@@ -127,6 +127,15 @@ __device__ __forceinline__ void finish_row(const ForwardParams& p, int64_t row, 
   totals[kKept] += counts ? A(1) : A(0);
 }
 
+// What a term that is off adds is not looked at.
+template <typename A>
+__device__ __forceinline__ A weighted_loss(const ForwardParams& p, A ldam, A focal) {
+  A loss = 0;
+  if (p.work.ldam) loss += static_cast<A>(p.alpha) * ldam;
+  if (p.work.focal) loss += static_cast<A>(p.beta) * focal;
+  return loss;
+}
+
 // The loss from the sums over all rows.
 template <typename A>
 __device__ __forceinline__ void store_loss(const ForwardParams& p, const A (&totals)[kTotals]) {
@@ -139,31 +148,43 @@ __device__ __forceinline__ void store_loss(const ForwardParams& p, const A (&tot
     ldam /= weight;
     focal /= kept;
   }
-  A loss = 0;
-  if (p.work.ldam) loss += static_cast<A>(p.alpha) * ldam;
-  if (p.work.focal) loss += static_cast<A>(p.beta) * focal;
-  *static_cast<A*>(p.loss) = loss;
+  *static_cast<A*>(p.loss) = weighted_loss(p, ldam, focal);
 }
 
 // The sums over all rows from those of each thread.
 template <int threads, typename A>
 __device__ __forceinline__ void reduce_totals(const ForwardParams& p, A (&totals)[kTotals]) {
   __shared__ A scratch[threads / kWarp * kTotals];
+  const int64_t blocks = gridDim.x;
   A* partials = static_cast<A*>(p.partials);
   block_sum<threads>(totals, scratch);
-  if (threadIdx.x == 0) {
+  if (blocks > 1) {
+    const bool sum = p.reduction == 2;  // the loss alone
+    const int words = sum ? 1 : kKept;
+    Counter kept = static_cast<Counter>(totals[kKept]);
+    if (sum) totals[0] = weighted_loss(p, totals[kLdam], totals[kFocal]);
+    if (threadIdx.x == 0) {
 #pragma unroll
-    for (int i = 0; i < kTotals; i++) partials[i * static_cast<int64_t>(gridDim.x) + blockIdx.x] = totals[i];
-  }
-  if (!arrive_last(p.counter)) return;
+      for (int i = 0; i < kKept; i++) {
+        if (i < words) partials[i * blocks + blockIdx.x] = totals[i];
+      }
+    }
+    if (!arrive_last(p.counter, kept)) return;
 #pragma unroll
-  for (int i = 0; i < kTotals; i++) {
-    totals[i] = 0;
-    for (unsigned block = threadIdx.x; block < gridDim.x; block += threads) {
-      totals[i] += load_fresh(partials + i * static_cast<int64_t>(gridDim.x) + block);
+    for (int i = 0; i < kKept; i++) {
+      totals[i] = 0;
+      if (i >= words) continue;
+      for (int64_t block = threadIdx.x; block < blocks; block += threads) {
+        totals[i] += load_fresh(partials + i * blocks + block);
+      }
+    }
+    block_sum<threads>(totals, scratch);
+    totals[kKept] = static_cast<A>(kept);
+    if (sum) {
+      if (threadIdx.x == 0) *static_cast<A*>(p.loss) = totals[0];
+      return;
     }
   }
-  block_sum<threads>(totals, scratch);
   if (threadIdx.x == 0) store_loss(p, totals);
 }
 
@@ -192,7 +213,7 @@ __device__ __forceinline__ void for_tiles(const ForwardParams& p, Tile<A, n, row
 // ---- few classes ---------------------------------------------------------------------------------------------------
 
 template <typename T, int n>
-__global__ void __launch_bounds__(kFlatThreads, 7) forward_flat(const ForwardParams p) {
+__global__ void __launch_bounds__(kFlatThreads, sizeof(T) == 8 ? 4 : 7) forward_flat(const ForwardParams p) {
   using A = Acc<T>;
   extern __shared__ uint4 dynamic[];
   __shared__ Tile<A, n, kFlatThreads> tile;
@@ -203,7 +224,7 @@ __global__ void __launch_bounds__(kFlatThreads, 7) forward_flat(const ForwardPar
   const auto load = [&](int64_t row, int count) {
     const T* source = static_cast<const T*>(p.logits) + row * classes;
     head = misalignment(source);
-    load_flat(source, count * classes, logits);
+    load_flat(source, count * classes, logits, head);
   };
   const auto sum = [&](int64_t, int count) {
     const int i = threadIdx.x;
@@ -291,8 +312,7 @@ __device__ __forceinline__ void forward_split(const ForwardParams& p, Tile<A, n,
   const int label = tile.label[0];
   const T* z = static_cast<const T*>(p.logits) + offset(place(row, work.rows), p.strides) + first * p.stride_c;
   const int classes = label >= 0 ? min(work.chunk, work.classes - first) : 0;
-  Sums<A, n> sums =
-      lane_sums(z, p.stride_c, classes, label - first, threadIdx.x, kRowsThreads, rates, partials + 3 * blocks + row);
+  Sums<A, n> sums = lane_sums(z, p.stride_c, classes, label - first, threadIdx.x, kRowsThreads, rates, tile.z_y);
   sums.combine(kWarp, rates);
   if (lane == 0) tile.put(warp, sums);
   __syncthreads();
@@ -302,7 +322,8 @@ __device__ __forceinline__ void forward_split(const ForwardParams& p, Tile<A, n,
 #pragma unroll
     for (int i = 0; i < n; i++) partials[(1 + i) * blocks + blockIdx.x] = sums.t[i];
   }
-  if (!arrive_last(p.counter)) return;
+  Counter none = 0;
+  if (!arrive_last(p.counter, none)) return;
 
   const int rows = static_cast<int>(work.rows.count);
   for (int i = warp; i < rows; i += kWarps) {
@@ -324,7 +345,8 @@ __device__ __forceinline__ void forward_split(const ForwardParams& p, Tile<A, n,
   A totals[kTotals] = {};
   for (int i = threadIdx.x; i < rows; i += kRowsThreads) {
     const int y = read_label(p, i);
-    const A z_y = y >= 0 ? load_fresh(partials + 3 * blocks + i) : A(0);
+    const T* logits = static_cast<const T*>(p.logits) + offset(place(i, work.rows), p.strides);
+    const A z_y = y >= 0 ? widen(logits[y * p.stride_c]) : A(0);  // by whichever block: gathered again
     finish_row(p, i, y, tile.get(i, 1, rates), z_y, totals);
   }
   if (p.reduction == 0) return;
@@ -364,7 +386,7 @@ __global__ void __launch_bounds__(kRowsThreads, sizeof(T) == 8 ? 1 : 2) forward_
 template <typename T, int V, int n>
 __global__ void __launch_bounds__(kPixelsThreads, 4) forward_pixels(const ForwardParams p) {
   using A = Acc<T>;
-  constexpr int K = V == 1 && sizeof(T) < 8 ? 8 : 4;  // classes in flight
+  constexpr int K = V * sizeof(T) < 8 ? 8 : 4;  // classes in flight
   constexpr int kRows = kPixelsThreads * V;
   __shared__ Tile<A, n, kRows> tile;
   const Rates<A, n> rates(p.work);
@@ -386,11 +408,7 @@ __global__ void __launch_bounds__(kPixelsThreads, 4) forward_pixels(const Forwar
 #pragma unroll
       for (int k = 0; k < K; k++) {
         if (j + k < classes) {
-          if constexpr (V == 1) {
-            x[k].at[0] = z[(j + k) * p.stride_c];
-          } else {
-            x[k] = load_vector(z + (j + k) * p.stride_c);
-          }
+          x[k] = load_vector<T, V>(z + (j + k) * p.stride_c);
         } else {
 #pragma unroll
           for (int v = 0; v < V; v++) x[k].at[v] = narrow<T>(-infinity<A>());
@@ -427,9 +445,11 @@ cudaError_t launch_forward(const Launch& launch, const ForwardParams& p, cudaStr
       forward_flat<T, n><<<launch.blocks, launch.threads, launch.shared_bytes, stream>>>(p);
     } else if (launch.regime == Regime::kRows) {
       forward_rows<T, n><<<launch.blocks, launch.threads, 0, stream>>>(p);
-    } else if (!launch.wide) {
+    } else if (launch.width == 1) {
       forward_pixels<T, 1, n><<<launch.blocks, launch.threads, 0, stream>>>(p);
-    } else if constexpr (sizeof(T) < 8) {
+    } else if (launch.width == 2) {
+      forward_pixels<T, 2, n><<<launch.blocks, launch.threads, 0, stream>>>(p);
+    } else if constexpr (Vector<T>::size > 2) {
       forward_pixels<T, Vector<T>::size, n><<<launch.blocks, launch.threads, 0, stream>>>(p);
     }
     return cudaGetLastError();

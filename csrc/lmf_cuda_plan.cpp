@@ -13,7 +13,9 @@ constexpr int kVectorBytes = 16;
 constexpr int kLaneClasses = 32;   // classes that a lane keeps in registers
 constexpr int kMaxLaneBits = 8;    // 256 lanes a row
 constexpr int kFewestPixels = 32;  // rows for which reading across rows is worth while
-constexpr int kBlocksOfProcessor = 8;
+// Blocks that a multiprocessor holds at once, by the registers of the kernels: more of them in a grid whose blocks walk
+// over several tiles would wait for a second, emptier turn.
+constexpr int kBlocksOfProcessor = 8, kRowsBlocksOfProcessor = 2;
 
 static int bytes_of(Element element) { return element == Element::kDouble ? 8 : element == Element::kFloat ? 4 : 2; }
 
@@ -25,15 +27,21 @@ static int log2_ceil(int64_t n) {
   return bits;
 }
 
-// Whether every vector of neighbouring rows is aligned: its address, and what leads from it to the others.
-static bool aligned(const void* data, const Steps& strides, int64_t stride_c, const Rows& rows, int bytes) {
-  const int64_t V = kVectorBytes / bytes;
-  return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 && strides.s2 == 1 && stride_c % V == 0 &&
-         strides.s1 % V == 0 && strides.s0 % V == 0 && rows.count % V == 0 && (rows.levels == 1 || rows.inner % V == 0);
+// How many neighbouring rows an access can take: 16 bytes of them, a pair or one, so that all of these vectors are
+// aligned: the first one's address, and what leads from it to the others.
+static int widest(const void* data, const Steps& strides, int64_t stride_c, const Rows& rows, int bytes) {
+  for (const int V : {kVectorBytes / bytes, 2}) {
+    if (reinterpret_cast<uintptr_t>(data) % (V * bytes) == 0 && strides.s2 == 1 && stride_c % V == 0 &&
+        strides.s1 % V == 0 && strides.s0 % V == 0 && rows.count % V == 0 &&
+        (rows.levels == 1 || rows.inner % V == 0)) {
+      return V;
+    }
+  }
+  return 1;
 }
 
 // What forward and backward decide in the same way.
-static Launch plan(Work& work, Element element, const Steps& strides, int64_t stride_c, bool flat, bool wide,
+static Launch plan(Work& work, Element element, const Steps& strides, int64_t stride_c, bool flat, int width,
                    int multiprocessors) {
   const int bytes = bytes_of(element);
   const int64_t rows = work.rows.count;
@@ -47,14 +55,17 @@ static Launch plan(Work& work, Element element, const Steps& strides, int64_t st
 
   Launch launch{};
   launch.element = element;
+  launch.width = 1;
   launch.exponentials = same_rate ? 1 : 2;
   if (strides.s2 < stride_c && rows >= kFewestPixels) {
-    const int64_t V = kVectorBytes / bytes;
     launch.regime = Regime::kPixels;
     launch.threads = kPixelsThreads;
-    launch.wide = wide && bytes < 8 && rows >= V * kPixelsThreads * 2 * multiprocessors;
-    launch.blocks =
-        static_cast<unsigned>(std::min<int64_t>(ceil_divide(rows, (launch.wide ? V : 1) * kPixelsThreads), 1 << 30));
+    // Narrower where the device would have less than two blocks a multiprocessor.
+    for (const int V : {width, std::min(width, 2)}) {
+      launch.width = rows >= int64_t{V} * kPixelsThreads * 2 * multiprocessors ? V : 1;
+      if (launch.width > 1) break;
+    }
+    launch.blocks = static_cast<unsigned>(std::min<int64_t>(ceil_divide(rows, launch.width * kPixelsThreads), 1 << 30));
   } else if (flat && int64_t{work.classes} * bytes <= kFlatBytes) {
     launch.regime = Regime::kFlat;
     launch.threads = kFlatThreads;
@@ -68,14 +79,16 @@ static Launch plan(Work& work, Element element, const Steps& strides, int64_t st
                                std::min(2, log2_ceil(ceil_divide(int64_t{work.classes} * bytes, kVectorBytes)))));
     const int64_t groups = kRowsThreads >> work.lane_bits;
     const int64_t most = std::min(1 << work.lane_bits, kWarp);
-    work.rows_per_group =
-        static_cast<int>(std::max<int64_t>(1, std::min(most, rows / (groups * kBlocksOfProcessor * multiprocessors))));
+    // As many tiles for each block that the device holds, and as many rows in each tile.
+    const int64_t at_once = groups * kRowsBlocksOfProcessor * multiprocessors;
+    const int64_t tiles = std::max<int64_t>(1, ceil_divide(rows, at_once * most));
+    work.rows_per_group = static_cast<int>(std::max<int64_t>(1, ceil_divide(rows, at_once * tiles)));
     launch.blocks = static_cast<unsigned>(std::min<int64_t>(ceil_divide(rows, groups * work.rows_per_group), 1 << 30));
-    // Too few rows for the device: several blocks share a row.
+    // Too few rows for the device: several blocks share a row, if it has more than what one takes in two steps.
     const int64_t step = kRowsThreads * kLaneClasses;
     if (work.lane_bits == kMaxLaneBits && rows > 0 && rows < kTileRows && rows * 4 < multiprocessors &&
-        work.classes > step) {
-      const int64_t steps = ceil_divide(work.classes * rows, step * 4 * multiprocessors);
+        work.classes > 2 * step) {
+      const int64_t steps = ceil_divide(work.classes * rows, step * kRowsBlocksOfProcessor * multiprocessors);
       work.chunk = static_cast<int>(std::min<int64_t>(step * steps, work.classes));
       work.chunks = static_cast<int>(ceil_divide(work.classes, work.chunk));
       launch.blocks = static_cast<unsigned>(rows * work.chunks);
@@ -87,9 +100,10 @@ static Launch plan(Work& work, Element element, const Steps& strides, int64_t st
 Launch plan_forward(ForwardParams& p, Element element, int multiprocessors) {
   const int bytes = bytes_of(element);
   const bool flat = p.work.rows.levels == 1 && p.stride_c == 1 && p.strides.s2 == p.work.classes;
-  const bool wide = aligned(p.logits, p.strides, p.stride_c, p.work.rows, bytes);
-  Launch launch = plan(p.work, element, p.strides, p.stride_c, flat, wide, multiprocessors);
-  const unsigned most = kBlocksOfProcessor * static_cast<unsigned>(multiprocessors);
+  const int width = widest(p.logits, p.strides, p.stride_c, p.work.rows, bytes);
+  Launch launch = plan(p.work, element, p.strides, p.stride_c, flat, width, multiprocessors);
+  const unsigned most = static_cast<unsigned>(multiprocessors) *
+                        (launch.regime == Regime::kRows ? kRowsBlocksOfProcessor : kBlocksOfProcessor);
   if (p.work.chunks == 1) launch.blocks = std::max(1u, std::min(launch.blocks, most));
   return launch;
 }
@@ -98,9 +112,9 @@ Launch plan_backward(BackwardParams& p, Element element, int multiprocessors) {
   const int bytes = bytes_of(element);
   const bool flat = p.work.rows.levels == 1 && p.stride_c == 1 && p.grad_stride_c == 1 &&
                     p.strides.s2 == p.work.classes && p.grad_strides.s2 == p.work.classes;
-  const bool wide = aligned(p.logits, p.strides, p.stride_c, p.work.rows, bytes) &&
-                    aligned(p.grad_logits, p.grad_strides, p.grad_stride_c, p.work.rows, bytes);
-  return plan(p.work, element, p.strides, p.stride_c, flat, wide, multiprocessors);
+  const int width = std::min(widest(p.logits, p.strides, p.stride_c, p.work.rows, bytes),
+                             widest(p.grad_logits, p.grad_strides, p.grad_stride_c, p.work.rows, bytes));
+  return plan(p.work, element, p.strides, p.stride_c, flat, width, multiprocessors);
 }
 
 }  // namespace cuda

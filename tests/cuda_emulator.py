@@ -44,7 +44,6 @@ POINTERS = {
 }  # fmt: skip
 WRITTEN = {"forward": {"loss", "stats", "denominators", "partials"}, "backward": {"grad_logits"}}
 MANGLED = {"half": "6__half", "bfloat16": "13__nv_bfloat16", "float": "f", "double": "d"}
-ELEMENTS_OF_VECTOR = {"half": 8, "bfloat16": 8, "float": 4, "double": 2}
 
 
 @functools.cache
@@ -65,11 +64,11 @@ def ptx(step: str, arch: int) -> dict[str, str]:
 
 @functools.cache
 def module(kernel: str, arch: int) -> LoadedModule:
-    """Loads a kernel by the name under which the extension reports it: "forward_rows half narrow 2"."""
+    """Loads a kernel by the name under which the extension reports it: "forward_pixels half 8 2"."""
     function, element, width, exponentials = kernel.split()
     arguments = MANGLED[element]
     if function.endswith("pixels"):
-        arguments += f"Li{ELEMENTS_OF_VECTOR[element] if width == 'wide' else 1}E"
+        arguments += f"Li{width}E"
     part = f"{function}I{arguments}Li{exponentials}E"
     (text,) = (text for name, text in ptx(function.split("_")[0], arch).items() if part in name)
     return Device(capacity=1 << 16).load(text)
@@ -114,7 +113,7 @@ class Emulator:
             if name in WRITTEN[step]:
                 outputs.append((name, array, tensor))
         if step == "forward":
-            counter = device.zeros(1, np.int32, name="counter")
+            counter = device.zeros(1, np.int64, name="counter")
             words[len(tensors)] = counter.ptr
         blocks, threads, shared = shape
         stats = loaded.launch(None, (blocks,), (threads,), [words.tobytes()], shared, **self.options)

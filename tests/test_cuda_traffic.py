@@ -29,11 +29,10 @@ def launch(cuda, shape, dtype, **options):
     return cuda.launches, logits.numel() * logits.element_size(), target.numel()
 
 
-def other_bytes(stats, rows):
-    """Bytes a row beside the logits and the gradient."""
-    names = ("target", "stats", "partials", "loss", "denominators", "grad_output")
-    moved = [stats.memory[name][kind] for name in names if name in stats.memory for kind in ("ld_useful", "st_useful")]
-    return sum(moved) / rows
+def other_bytes(launched):
+    """Bytes beside the logits and the gradient: of different addresses, and of all accesses of a warp."""
+    memory = [counts for name, counts in launched.stats.memory.items() if name not in ("logits", "grad_logits")]
+    return [sum(counts[f"ld_{kind}"] + counts[f"st_{kind}"] for counts in memory) for kind in ("unique", "useful")]
 
 
 @pytest.mark.parametrize("shape", ALIGNED + RAGGED, ids=lambda shape: "x".join(map(str, shape[0])))
@@ -50,13 +49,45 @@ def test_logits_are_read_once_and_gradients_written_once(shape, dtype, cuda):
     assert max(requests) * 32 * 16 <= 1.05 * size, "16 bytes a thread"
 
 
-@pytest.mark.parametrize("shape", [shape for shape in ALIGNED + RAGGED if shape[0][0] * shape[1] >= 96])
-@pytest.mark.parametrize("reduction", ["none", "sum"])
+A_ROW = 8 + 5 * 4  # its target and its five statistics
+A_LAUNCH = {"none": 0, "sum": 4, "mean": 4 + 2 * 4}  # the loss or grad_output, the denominators
+# Written and read: m, t1, t2 of a part of a row; a block's sums: the loss, or two of them and a sum of weights (the
+# number of kept rows is added up by the atomic that counts the blocks).
+A_PART, A_BLOCK = 2 * 3 * 4, {"none": 0, "sum": 2 * 4, "mean": 2 * 3 * 4}
+FEW_ROWS = [((1, 8), 132), ((4, 8), 132), ((2, 1000), 132), ((3, 4096), 132), ((4, 32768), 132), ((2, 40000), 132)]
+
+
+@pytest.mark.parametrize("shape", ALIGNED + RAGGED + FEW_ROWS, ids=lambda shape: "x".join(map(str, shape[0])))
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_bytes_beside_the_logits(shape, reduction, cuda):
-    """Target 8 and statistics 20 a row, loss or grad_output 4; the sums of a block are next to nothing."""
+    """At most 32 a row, and what blocks tell each other: nothing is left that could be left out.
+
+    Parts of a row and blocks that share its statistics read them again, from the cache.
+    """
     (forward, backward), _, rows = launch(cuda, shape, torch.float32, reduction=reduction)
-    assert other_bytes(forward.stats, rows) <= 32 + 40 * forward.blocks / rows
-    assert other_bytes(backward.stats, rows) <= 32 + 40 * backward.blocks / rows
+    a_row = A_ROW + (4 if reduction == "none" else 0)
+    assert a_row <= 32
+    split = shape in FEW_ROWS[-2:]
+    a_block = A_PART if split else A_BLOCK[reduction] if forward.blocks > 1 else 0
+    unique, accessed = other_bytes(forward)
+    assert unique == a_row * rows + A_LAUNCH[reduction] + a_block * forward.blocks
+    assert accessed == unique + (8 * forward.blocks if split else 0)
+    unique, accessed = other_bytes(backward)
+    assert unique == a_row * rows + A_LAUNCH[reduction]
+    assert accessed <= unique + (
+        40 * backward.blocks if split else A_LAUNCH[reduction] * (rows // 32 + 8 * backward.blocks)
+    )
+
+
+@pytest.mark.parametrize(
+    "shape", [((4096, 2), 132), ((300, 7), 132), ((48, 1000), 132), ((24, 4096), 1), ((24, 9000), 1)]
+)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_at_most_32_bytes_a_row(shape, reduction, cuda):
+    """With all that blocks tell each other, where a block has at least eight rows."""
+    (forward, backward), _, rows = launch(cuda, shape, torch.bfloat16, reduction=reduction)
+    assert rows >= 8 * forward.blocks
+    assert other_bytes(forward)[0] <= 32 * rows and other_bytes(backward)[0] <= 32 * rows
 
 
 @pytest.mark.parametrize("options, count", [({}, 2), ({"s": 1.0}, 1), ({"alpha": 0.0}, 1), ({"beta": 0.0}, 1)])
