@@ -116,7 +116,7 @@ using OnLaunch = std::function<void(const std::string&, std::array<unsigned, 3>,
 template <typename Params>
 static void report(const OnLaunch& on_launch, const char* step, const Launch& launch, const Params& params,
                    const std::vector<at::Tensor>& tensors) {
-  static const char* const regimes[] = {"flat", "rows", "pixels"};
+  static const char* const regimes[] = {"flat", "rows", "pixels", "planes"};
   static const char* const elements[] = {"half", "bfloat16", "float", "double"};
   std::string name = std::string(step) + "_" + regimes[static_cast<int>(launch.regime)] + " " +
                      elements[static_cast<int>(launch.element)] + " " + std::to_string(launch.width) + " " +

@@ -198,6 +198,26 @@ __device__ __forceinline__ int64_t offset(const Place& at, const Steps& strides)
   return at.i0 * strides.s0 + at.i1 * strides.s1 + at.i2 * strides.s2;
 }
 
+// How the rows are cut into tiles: into tiles of `rows` and a rest, or each `run` of them (an image) into equal tiles
+// of at most `rows`.
+struct Tiling {
+  int64_t run, of_run, count;
+  int rows;
+  __device__ __forceinline__ Tiling(int64_t all, int rows)
+      : run(all), of_run(divide(all + rows - 1, rows)), count(of_run), rows(rows) {}
+  __device__ __forceinline__ Tiling(int64_t all, int64_t run, int rows)
+      : run(run),
+        of_run(divide(run + rows - 1, rows)),
+        count(divide(all, run) * of_run),
+        rows(static_cast<int>(divide(run + of_run - 1, of_run))) {}
+  // The tile's first row, and how many it has.
+  __device__ __forceinline__ int64_t first(int64_t tile, int& size) const {
+    const int64_t which = divide(tile, of_run), start = (tile - which * of_run) * rows;
+    size = static_cast<int>(min(static_cast<int64_t>(rows), run - start));
+    return which * run + start;
+  }
+};
+
 // A tile's labels: a class, or one of these.
 constexpr int kIgnored = -1, kBad = -2;
 
@@ -250,6 +270,72 @@ __device__ __forceinline__ void store_flat(T* destination, int count, const T* s
     }
   }
 }
+
+// ---- tiles of the planes regime ------------------------------------------------------------------------------------
+
+// `K` classes of a tile of neighbouring rows in shared memory, kPlaneElements for each class; a thread owns the rows
+// threadIdx.x + r * kPlanesThreads, r < kOwn.
+template <typename T>
+struct Planes {
+  static constexpr int V = Vector<T>::size, K = V, kRows = kPlaneElements - V, kOwn = kPlaneElements / kPlanesThreads;
+  static constexpr int kVectors = kPlaneElements / V, kSteps = K * kVectors / kPlanesThreads;
+  T at[K][kPlaneElements];
+
+  // Rows `source[k * stride + (0 .. count)]` of classes k < classes; `heads(k)` is where the class begins. The first
+  // and the last vector may have neighbours, of which there are `before` and `behind`.
+  template <typename Heads>
+  __device__ __forceinline__ void load(const T* source, int64_t stride, int classes, int count, int64_t before,
+                                       int64_t behind, const Heads& heads) {
+    Vector<T> x[kSteps];
+    const auto whole = [&](int first) { return first + before >= 0 && first + V <= count + behind; };
+    const auto step = [&](int i, const auto& visit) {
+      const int index = i * kPlanesThreads + threadIdx.x, k = index / kVectors;
+      if (k >= classes) return;
+      const T* row = source + k * stride;
+      const Span<T> span(row, count);
+      const int v = index % kVectors;
+      if (v < span.vectors) visit(k, row, span, span.first(v));
+    };
+#pragma unroll
+    for (int i = 0; i < kSteps; i++) {
+      step(i, [&](int, const T* row, const Span<T>& span, int first) {
+        if (whole(first)) x[i] = load_vector(row + first);
+      });
+    }
+#pragma unroll
+    for (int i = 0; i < kSteps; i++) {
+      step(i, [&](int k, const T* row, const Span<T>& span, int first) {
+        const int head = heads(k);
+        if (!whole(first)) {
+          for (int e = max(first, 0); e < min(first + V, count); e++) at[k][head + e] = row[e];
+        } else if (span.head == head) {
+          store_vector(&at[k][head + first], x[i]);
+        } else {
+#pragma unroll
+          for (int e = 0; e < V; e++) {
+            if (span.holds(first + e)) at[k][head + first + e] = x[i].at[e];
+          }
+        }
+      });
+    }
+  }
+  // The way back; every class begins where the vectors of its destination want it.
+  __device__ __forceinline__ void store(T* destination, int64_t stride, int classes, int count) const {
+#pragma unroll
+    for (int i = 0; i < kSteps; i++) {
+      const int index = i * kPlanesThreads + threadIdx.x, k = index / kVectors;
+      if (k >= classes) break;
+      T* row = destination + k * stride;
+      const Span<T> span(row, count);
+      const int first = span.first(index % kVectors);
+      if (span.whole(first)) {
+        store_global(row + first, load_vector(&at[k][span.head + first]));
+      } else {
+        for (int e = max(first, 0); e < min(first + V, count); e++) row[e] = at[k][span.head + e];
+      }
+    }
+  }
+};
 
 // A thread owns the row `shared[0 .. classes)`, and starts at a class that keeps the threads of a warp in different
 // banks: visit(j, z_j) for all classes.

@@ -13,14 +13,17 @@ namespace cuda {
 
 // How rows and classes are dealt out to threads.
 enum class Regime : int {
-  kFlat,   // few classes, rows one behind the other: a tile of rows is loaded flat, a thread owns a row
-  kRows,   // neighbouring classes are neighbours in memory: 1 to 256 lanes share a row
-  kPixels  // neighbouring rows are neighbours in memory: a thread owns one row, a pair or 16 bytes of them
+  kFlat,    // few classes, rows one behind the other: a tile of rows is loaded flat, a thread owns a row
+  kRows,    // neighbouring classes are neighbours in memory: 1 to 256 lanes share a row
+  kPixels,  // neighbouring rows are neighbours in memory: a thread owns one row, or 16 bytes of them where all is
+            // aligned
+  kPlanes   // the same for any alignment: a tile of rows is loaded flat, some classes at a time
 };
 
-constexpr int kFlatThreads = 128, kRowsThreads = 256, kPixelsThreads = 128;
-constexpr int kFlatBytes = 256;  // the longest row of the flat regime
-constexpr int kTileRows = 256;   // rows in a tile of the rows regime, at most
+constexpr int kFlatThreads = 128, kRowsThreads = 256, kPixelsThreads = 128, kPlanesThreads = 256;
+constexpr int kFlatBytes = 256;      // the longest row of the flat regime
+constexpr int kTileRows = 256;       // rows in a tile of the rows regime, at most
+constexpr int kPlaneElements = 512;  // of shared memory for one class of a planes tile: its rows and a vector's head
 constexpr int kWarp = 32;
 
 // What atomics count in; 0 between launches.
@@ -103,7 +106,7 @@ inline int partial_words(const Work& work, int reduction, int exponentials, unsi
 struct Launch {
   Regime regime;
   Element element;
-  int width;  // kPixels: neighbouring rows that a thread loads at once: 16 bytes of them, a pair or one
+  int width;  // kPixels: neighbouring rows that a thread loads at once: 16 bytes of them or one
   int exponentials;
   unsigned blocks, threads, shared_bytes;
 };

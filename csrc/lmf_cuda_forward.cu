@@ -191,11 +191,11 @@ __device__ __forceinline__ void reduce_totals(const ForwardParams& p, A (&totals
 // Walks over the tiles of a block: load(row, count) and sum(row, count) are a regime's own.
 template <int threads, typename A, int n, int rows, typename Load, typename Sum>
 __device__ __forceinline__ void for_tiles(const ForwardParams& p, Tile<A, n, rows>& tile, const Rates<A, n>& rates,
-                                          int rows_per_tile, int parts, const Load& load, const Sum& sum) {
+                                          const Tiling& tiling, int parts, const Load& load, const Sum& sum) {
   A totals[kTotals] = {};
-  const int64_t step = static_cast<int64_t>(gridDim.x) * rows_per_tile;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * rows_per_tile; row < p.work.rows.count; row += step) {
-    const int count = static_cast<int>(min(static_cast<int64_t>(rows_per_tile), p.work.rows.count - row));
+  for (int64_t t = blockIdx.x; t < tiling.count; t += gridDim.x) {
+    int count;
+    const int64_t row = tiling.first(t, count);
     load(row, count);
     for (int i = threadIdx.x; i < count; i += threads) tile.label[i] = read_label(p, row + i);
     __syncthreads();
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(kFlatThreads, sizeof(T) == 8 ? 4 : 7) forward_
     tile.put(i, sums);
     if (y >= 0) tile.z_y[i] = widen(z[y]);
   };
-  for_tiles<kFlatThreads>(p, tile, rates, kFlatThreads, 1, load, sum);
+  for_tiles<kFlatThreads>(p, tile, rates, Tiling(p.work.rows.count, kFlatThreads), 1, load, sum);
 }
 
 // ---- neighbouring classes are neighbours in memory
@@ -377,7 +377,8 @@ __global__ void __launch_bounds__(kRowsThreads, sizeof(T) == 8 ? 1 : 2) forward_
       if (i < count && group.lane % kWarp == 0) tile.put(i * parts + group.lane / kWarp, sums);
     }
   };
-  for_tiles<kRowsThreads>(p, tile, rates, group.rows_per_tile, parts, [](int64_t, int) {}, sum);
+  const Tiling tiling(p.work.rows.count, group.rows_per_tile);
+  for_tiles<kRowsThreads>(p, tile, rates, tiling, parts, [](int64_t, int) {}, sum);
 }
 
 // ---- neighbouring rows are neighbours in memory
@@ -434,7 +435,52 @@ __global__ void __launch_bounds__(kPixelsThreads, 4) forward_pixels(const Forwar
       tile.z_y[i + v] = z_y[v];
     }
   };
-  for_tiles<kPixelsThreads>(p, tile, rates, kRows, 1, [](int64_t, int) {}, sum);
+  for_tiles<kPixelsThreads>(p, tile, rates, Tiling(p.work.rows.count, kRows), 1, [](int64_t, int) {}, sum);
+}
+
+template <typename T, int n>
+__global__ void __launch_bounds__(kPlanesThreads, sizeof(T) == 8 ? 1 : 2) forward_planes(const ForwardParams p) {
+  using A = Acc<T>;
+  constexpr int K = Planes<T>::K, R = Planes<T>::kOwn;
+  __shared__ Tile<A, n, kPlaneElements> tile;
+  __shared__ alignas(kVectorBytes) Planes<T> planes;
+  const Rates<A, n> rates(p.work);
+  const int classes = p.work.classes;
+  const auto sum = [&](int64_t row, int count) {
+    const Place at = place(row, p.work.rows);
+    const int64_t before = at.i2, behind = p.work.rows.inner - before - count;
+    const T* z = static_cast<const T*>(p.logits) + offset(at, p.strides);
+    Sums<A, n> sums[R];
+    for (int j = 0; j < classes; j += K) {
+      const auto head = [&](int k) { return misalignment(z + (j + k) * p.stride_c); };
+      planes.load(z + j * p.stride_c, p.stride_c, min(K, classes - j), count, before, behind, head);
+      __syncthreads();
+#pragma unroll
+      for (int r = 0; r < R; r++) {
+        const int i = threadIdx.x + r * kPlanesThreads;
+        if (i >= count) break;
+        const int target = tile.label[i] - j;
+        A value[K];
+#pragma unroll
+        for (int k = 0; k < K; k++) {
+          value[k] = j + k < classes ? widen(planes.at[k][head(k) + i]) : -infinity<A>();
+          if (k == target) {
+            tile.z_y[i] = value[k];
+            value[k] = -infinity<A>();
+          }
+        }
+        sums[r].add(value, rates, j == 0);
+      }
+      __syncthreads();
+    }
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+      const int i = threadIdx.x + r * kPlanesThreads;
+      if (i < count) tile.put(i, sums[r]);
+    }
+  };
+  const Tiling tiling(p.work.rows.count, p.work.rows.inner, Planes<T>::kRows);
+  for_tiles<kPlanesThreads>(p, tile, rates, tiling, 1, [](int64_t, int) {}, sum);
 }
 
 cudaError_t launch_forward(const Launch& launch, const ForwardParams& p, cudaStream_t stream) {
@@ -445,11 +491,11 @@ cudaError_t launch_forward(const Launch& launch, const ForwardParams& p, cudaStr
       forward_flat<T, n><<<launch.blocks, launch.threads, launch.shared_bytes, stream>>>(p);
     } else if (launch.regime == Regime::kRows) {
       forward_rows<T, n><<<launch.blocks, launch.threads, 0, stream>>>(p);
+    } else if (launch.regime == Regime::kPlanes) {
+      forward_planes<T, n><<<launch.blocks, launch.threads, 0, stream>>>(p);
     } else if (launch.width == 1) {
       forward_pixels<T, 1, n><<<launch.blocks, launch.threads, 0, stream>>>(p);
-    } else if (launch.width == 2) {
-      forward_pixels<T, 2, n><<<launch.blocks, launch.threads, 0, stream>>>(p);
-    } else if constexpr (Vector<T>::size > 2) {
+    } else if constexpr (sizeof(T) < 8) {
       forward_pixels<T, Vector<T>::size, n><<<launch.blocks, launch.threads, 0, stream>>>(p);
     }
     return cudaGetLastError();

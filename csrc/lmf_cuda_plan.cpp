@@ -27,22 +27,16 @@ static int log2_ceil(int64_t n) {
   return bits;
 }
 
-// How many neighbouring rows an access can take: 16 bytes of them, a pair or one, so that all of these vectors are
-// aligned: the first one's address, and what leads from it to the others.
-static int widest(const void* data, const Steps& strides, int64_t stride_c, const Rows& rows, int bytes) {
-  for (const int V : {kVectorBytes / bytes, 2}) {
-    if (reinterpret_cast<uintptr_t>(data) % (V * bytes) == 0 && strides.s2 == 1 && stride_c % V == 0 &&
-        strides.s1 % V == 0 && strides.s0 % V == 0 && rows.count % V == 0 &&
-        (rows.levels == 1 || rows.inner % V == 0)) {
-      return V;
-    }
-  }
-  return 1;
+// Whether every vector of neighbouring rows is aligned: its address, and what leads from it to the others.
+static bool aligned(const void* data, const Steps& strides, int64_t stride_c, const Rows& rows, int bytes) {
+  const int64_t V = kVectorBytes / bytes;
+  return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 && strides.s2 == 1 && stride_c % V == 0 &&
+         strides.s1 % V == 0 && strides.s0 % V == 0 && rows.count % V == 0 && (rows.levels == 1 || rows.inner % V == 0);
 }
 
 // What forward and backward decide in the same way.
-static Launch plan(Work& work, Element element, const Steps& strides, int64_t stride_c, bool flat, int width,
-                   int multiprocessors) {
+static Launch plan(Work& work, Element element, const Steps& strides, int64_t stride_c, bool flat, bool wide,
+                   bool dense, int multiprocessors) {
   const int bytes = bytes_of(element);
   const int64_t rows = work.rows.count;
   // Double precision has one kernel, for two exponentials: fewer instantiations.
@@ -60,12 +54,18 @@ static Launch plan(Work& work, Element element, const Steps& strides, int64_t st
   if (strides.s2 < stride_c && rows >= kFewestPixels) {
     launch.regime = Regime::kPixels;
     launch.threads = kPixelsThreads;
-    // Narrower where the device would have less than two blocks a multiprocessor.
-    for (const int V : {width, std::min(width, 2)}) {
-      launch.width = rows >= int64_t{V} * kPixelsThreads * 2 * multiprocessors ? V : 1;
-      if (launch.width > 1) break;
+    const int64_t V = kVectorBytes / bytes, enough = 2 * multiprocessors, image = std::max<int64_t>(1, work.rows.inner);
+    const int64_t tile = kPlaneElements - V, tiles = rows / image * ceil_divide(image, tile);
+    int64_t blocks = ceil_divide(rows, kPixelsThreads);
+    if (wide && bytes < 8 && rows >= V * kPixelsThreads * enough) {
+      launch.width = static_cast<int>(V);
+      blocks = ceil_divide(rows, V * kPixelsThreads);
+    } else if (dense && tiles >= enough && image * 2 >= tile) {  // at least half of the threads have a row
+      launch.regime = Regime::kPlanes;
+      launch.threads = kPlanesThreads;
+      blocks = tiles;
     }
-    launch.blocks = static_cast<unsigned>(std::min<int64_t>(ceil_divide(rows, launch.width * kPixelsThreads), 1 << 30));
+    launch.blocks = static_cast<unsigned>(std::min<int64_t>(blocks, 1 << 30));
   } else if (flat && int64_t{work.classes} * bytes <= kFlatBytes) {
     launch.regime = Regime::kFlat;
     launch.threads = kFlatThreads;
@@ -100,8 +100,8 @@ static Launch plan(Work& work, Element element, const Steps& strides, int64_t st
 Launch plan_forward(ForwardParams& p, Element element, int multiprocessors) {
   const int bytes = bytes_of(element);
   const bool flat = p.work.rows.levels == 1 && p.stride_c == 1 && p.strides.s2 == p.work.classes;
-  const int width = widest(p.logits, p.strides, p.stride_c, p.work.rows, bytes);
-  Launch launch = plan(p.work, element, p.strides, p.stride_c, flat, width, multiprocessors);
+  const bool wide = aligned(p.logits, p.strides, p.stride_c, p.work.rows, bytes);
+  Launch launch = plan(p.work, element, p.strides, p.stride_c, flat, wide, p.strides.s2 == 1, multiprocessors);
   const unsigned most = static_cast<unsigned>(multiprocessors) *
                         (launch.regime == Regime::kRows ? kRowsBlocksOfProcessor : kBlocksOfProcessor);
   if (p.work.chunks == 1) launch.blocks = std::max(1u, std::min(launch.blocks, most));
@@ -112,9 +112,10 @@ Launch plan_backward(BackwardParams& p, Element element, int multiprocessors) {
   const int bytes = bytes_of(element);
   const bool flat = p.work.rows.levels == 1 && p.stride_c == 1 && p.grad_stride_c == 1 &&
                     p.strides.s2 == p.work.classes && p.grad_strides.s2 == p.work.classes;
-  const int width = std::min(widest(p.logits, p.strides, p.stride_c, p.work.rows, bytes),
-                             widest(p.grad_logits, p.grad_strides, p.grad_stride_c, p.work.rows, bytes));
-  return plan(p.work, element, p.strides, p.stride_c, flat, width, multiprocessors);
+  const bool wide = aligned(p.logits, p.strides, p.stride_c, p.work.rows, bytes) &&
+                    aligned(p.grad_logits, p.grad_strides, p.grad_stride_c, p.work.rows, bytes);
+  const bool dense = p.strides.s2 == 1 && p.grad_strides.s2 == 1;
+  return plan(p.work, element, p.strides, p.stride_c, flat, wide, dense, multiprocessors);
 }
 
 }  // namespace cuda

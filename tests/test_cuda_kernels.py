@@ -33,6 +33,7 @@ SHAPES = {
     "rows, split": ((2, 20011), 132, "rows"),
     "pixels": ((2, 5, 9, 11), 132, "pixels"),
     "pixels, wide": ((2, 10, 32, 40), 1, "pixels"),
+    "planes": ((3, 11, 19, 31), 1, "planes"),
 }
 TERMS = ((1.0, 1.0, 30.0), (1.3, 0.0, 5.0), (0.0, 0.7, 1.0), (0.5, 2.0, 1.0))  # alpha, beta, s
 
@@ -76,7 +77,7 @@ def test_results(shape, dtype, layout, reduction, terms, kind, cuda):
     options = dict(alpha=alpha, beta=beta, s=s, reduction=reduction, **tables(kind, size[1]))
     check(logits, target, "native", outer, **options)
     assert len(cuda.launches) == 2
-    if layout in ("contiguous", "misaligned"):
+    if layout in ("contiguous", "misaligned") and "wide" not in shape:  # which hangs on both
         assert [launch.kernel.split()[0] for launch in cuda.launches] == [f"forward_{kernel}", f"backward_{kernel}"]
 
 
