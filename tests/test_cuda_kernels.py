@@ -180,8 +180,8 @@ def test_results_do_not_hang_on_the_last_bits_of_approximate_instructions(gap, s
 
 
 FILES = ("test_edges", "test_layouts", "test_precision", "test_reductions", "test_ops")
-# The first three: labels that raise on CPU and poison on GPU; the last: more memory than the emulator has.
-EXCEPT = "not bad_label and not default_ignore_index and not goes_on and not beyond_32_bits"
+# Labels that raise on CPU and poison on GPU.
+EXCEPT = "not bad_label and not default_ignore_index and not goes_on"
 
 
 @pytest.mark.slow
