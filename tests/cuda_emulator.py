@@ -63,15 +63,18 @@ def ptx(step: str, arch: int) -> dict[str, str]:
     return {re.match(r"\.visible \.entry (\w+)", kernel)[1]: head + kernel for kernel in kernels}
 
 
+def entry(kernel: str) -> str:
+    """What the mangled name of a kernel contains."""
+    function, element, width, exponentials = kernel.split()
+    arguments = MANGLED[element] + (f"Li{width}E" if function.endswith("pixels") else "")
+    return f"{function}I{arguments}Li{exponentials}E"
+
+
 @functools.cache
 def module(kernel: str, arch: int) -> LoadedModule:
     """Loads a kernel by the name under which the extension reports it: "forward_pixels half 8 2"."""
-    function, element, width, exponentials = kernel.split()
-    arguments = MANGLED[element]
-    if function.endswith("pixels"):
-        arguments += f"Li{width}E"
-    part = f"{function}I{arguments}Li{exponentials}E"
-    (text,) = (text for name, text in ptx(function.split("_")[0], arch).items() if part in name)
+    step = kernel.split("_")[0]
+    (text,) = (text for name, text in ptx(step, arch).items() if entry(kernel) in name)
     return Device(capacity=1 << 16).load(text)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_emulator import emulated_cuda, needs_cuda_build  # noqa: F401  (the fixture `cuda`)
+from emulated_cases import misaligned
 
 from lmf_kernels import lmf_loss
 
@@ -15,13 +16,18 @@ ALIGNED = [
     ((512, 8), 132), ((256, 16), 132), ((128, 64), 132), ((96, 256), 1), ((48, 1024), 132), ((4, 8192), 8),
     ((3, 16384), 8), ((2, 8, 64, 64), 1),
 ]  # fmt: skip
+# Rows, or planes of pixels, of which many begin anywhere in 16 bytes: shape, multiprocessors, kernel
+ANYWHERE = [
+    ((512, 7), 132, "flat"), ((128, 63), 132, "flat"), ((24, 1001), 132, "rows"), ((4, 9001), 8, "rows"),
+    ((2, 5, 71, 71), 1, "planes"),
+]  # fmt: skip
 RAGGED = [((512, 7), 132), ((48, 1001), 132), ((2, 5, 33, 31), 132)]
 
 
-def launch(cuda, shape, dtype, **options):
+def launch(cuda, shape, dtype, place=torch.clone, **options):
     size, cuda.multiprocessors = shape
     cuda.options = {}
-    logits = torch.randn(size).to(dtype).requires_grad_()
+    logits = place(torch.randn(size).to(dtype)).requires_grad_()
     target = torch.randint(0, size[1], (size[0], *size[2:]))
     loss = lmf_loss(logits, target, backend="native", **options)
     loss.backward(torch.ones_like(loss))
@@ -47,6 +53,28 @@ def test_logits_are_read_once_and_gradients_written_once(shape, dtype, cuda):
     assert max(sectors) * 32 <= 1.05 * size
     requests = [moved[0]["ld_requests"], moved[1]["ld_requests"], moved[2]["st_requests"]]
     assert max(requests) * 32 * 16 <= 1.05 * size, "16 bytes a thread"
+
+
+@pytest.mark.parametrize("shape", ANYWHERE, ids=lambda shape: "x".join(map(str, shape[0])))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("place", [torch.clone, misaligned], ids=["aligned", "misaligned"])
+def test_vectors_of_any_alignment(shape, dtype, place, cuda):
+    """16 bytes a thread but for heads and tails, with far fewer requests than one element a thread takes.
+
+    Vectors of logits that lie otherwise than those of the gradient are put together from two, the second of which the
+    cache has; a tile's edge in a plane is read with its neighbours.
+    """
+    (forward, backward), size, _ = launch(cuda, shape[:2], dtype, place)
+    assert [one.kernel.split()[0] for one in (forward, backward)] == [f"forward_{shape[2]}", f"backward_{shape[2]}"]
+    moved = [forward.stats.memory["logits"], backward.stats.memory["logits"], backward.stats.memory["grad_logits"]]
+    assert [moved[0]["ld_unique"], moved[1]["ld_unique"], moved[2]["st_unique"]] == [size] * 3
+    twice = shape[2] == "rows" and place is misaligned
+    for counts, kind, limit in zip(moved, ("ld", "ld", "st"), (1.03, 2 if twice else 1.03, 1), strict=True):
+        assert counts[f"{kind}_useful"] <= limit * size
+        assert counts[f"{kind}_sectors"] * 32 <= 1.3 * max(1, limit) * size
+        one_element_a_thread = size / dtype.itemsize / 32
+        edges = 0.75 if twice or kind == "st" else 0.5
+        assert counts[f"{kind}_requests"] <= edges * one_element_a_thread
 
 
 A_ROW = 8 + 5 * 4  # its target and its five statistics
