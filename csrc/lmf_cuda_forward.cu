@@ -326,9 +326,13 @@ __device__ __forceinline__ void forward_split(const ForwardParams& p, Tile<A, n,
   if (!arrive_last(p.counter, none)) return;
 
   const int rows = static_cast<int>(work.rows.count);
-  for (int i = warp; i < rows; i += kWarps) {
+  int lanes = 1;  // of a row: few iterations, each of which waits for memory
+  while (lanes < min(work.chunks, kWarp)) lanes *= 2;
+  for (int first_row = 0; first_row < rows; first_row += kRowsThreads / lanes) {
+    const int i = first_row + static_cast<int>(threadIdx.x) / lanes;
+    const int chunks = i < rows ? work.chunks : 0;
     Sums<A, n> all;
-    for (int chunk = lane; chunk < work.chunks; chunk += kWarp) {
+    for (int chunk = lane % lanes; chunk < chunks; chunk += lanes) {
       const A* part = partials + i * static_cast<int64_t>(work.chunks) + chunk;
       const A m = load_fresh(part);
       const A top = fmax(all.m, m);
@@ -338,8 +342,8 @@ __device__ __forceinline__ void forward_split(const ForwardParams& p, Tile<A, n,
         all.t[k] += load_fresh(part + (1 + k) * blocks) * exponential(m - all.origin(top), rates.rate[k]);
       }
     }
-    all.combine(kWarp, rates);
-    if (lane == 0) tile.put(i, all);
+    all.combine(lanes, rates);
+    if (lane % lanes == 0 && i < rows) tile.put(i, all);
   }
   __syncthreads();
   A totals[kTotals] = {};

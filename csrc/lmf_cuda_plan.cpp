@@ -84,11 +84,10 @@ static Launch plan(Work& work, Element element, const Steps& strides, int64_t st
     const int64_t tiles = std::max<int64_t>(1, ceil_divide(rows, at_once * most));
     work.rows_per_group = static_cast<int>(std::max<int64_t>(1, ceil_divide(rows, at_once * tiles)));
     launch.blocks = static_cast<unsigned>(std::min<int64_t>(ceil_divide(rows, groups * work.rows_per_group), 1 << 30));
-    // Too few rows for the device: several blocks share a row, if it has more than what one takes in two steps.
-    const int64_t step = kRowsThreads * kLaneClasses;
-    if (work.lane_bits == kMaxLaneBits && rows > 0 && rows < kTileRows && rows * 4 < multiprocessors &&
-        work.classes > 2 * step) {
-      const int64_t steps = ceil_divide(work.classes * rows, step * kRowsBlocksOfProcessor * multiprocessors);
+    // Half of the device would have no row: several blocks share one, if it has more than what one takes in two steps.
+    const int64_t step = kRowsThreads * kLaneClasses, places = kRowsBlocksOfProcessor * multiprocessors;
+    if (rows > 0 && rows < kTileRows && rows * 2 <= places && work.classes > 2 * step) {
+      const int64_t steps = ceil_divide(ceil_divide(work.classes, places / rows), step);
       work.chunk = static_cast<int>(std::min<int64_t>(step * steps, work.classes));
       work.chunks = static_cast<int>(ceil_divide(work.classes, work.chunk));
       launch.blocks = static_cast<unsigned>(rows * work.chunks);

@@ -15,7 +15,7 @@ from emulated_cases import CASES, layouts, misaligned
 from emulated_cases import labels as labels_with_bad_ones
 from pairwise import pairs
 
-from lmf_kernels import lmf_loss
+from lmf_kernels import _ops, lmf_loss
 
 pytestmark = needs_cuda_build
 ROOT = Path(__file__).parents[1]
@@ -31,6 +31,7 @@ SHAPES = {
     "rows, several warps": ((3, 3001), 132, "rows"),
     "rows, walked": ((2, 9000), 7, "rows"),
     "rows, split": ((2, 20011), 132, "rows"),
+    "rows, many split": ((20, 17011), 40, "rows"),
     "pixels": ((2, 5, 9, 11), 132, "pixels"),
     "pixels, wide": ((2, 10, 32, 40), 1, "pixels"),
     "planes": ((3, 11, 19, 31), 1, "planes"),
@@ -153,6 +154,17 @@ def test_layouts_of_grad_output_and_target(layout, cuda):
 def test_nothing_to_do(shape, reduction, cuda):
     check(torch.randn(shape), torch.zeros(shape[:1] + shape[2:], dtype=torch.long), "native", reduction=reduction)
     assert len(cuda.launches) == (0 if reduction == "none" else 1)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 33, 64, 100, 128, 140, 5000])
+def test_few_long_rows_keep_the_device_busy(rows):
+    """Two blocks a multiprocessor are there at once: no more, and not much less where rows can be shared."""
+    grids = []
+    z, y = torch.empty(rows, 128256, dtype=torch.bfloat16), torch.zeros(rows, dtype=torch.long)
+    options = (1.0, 1.0, 1.5, 30.0, -100, 1)
+    _ops._C.trace_cuda_forward(lambda _, grid, *__: grids.append(grid[0]), 132, z, y, *[None] * 5, *options)
+    assert grids[0] <= 2 * 132
+    assert grids[0] >= min(132, 16 * rows), "16: steps of 8192 classes"
 
 
 @pytest.mark.slow
