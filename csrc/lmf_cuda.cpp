@@ -29,7 +29,7 @@ namespace cuda {
 // a graph takes one for ever, because graphs may be replayed side by side and on any stream.
 class Counters {
  public:
-  int* take(c10::cuda::CUDAStream stream) {
+  Counter* take(c10::cuda::CUDAStream stream) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const bool captured = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
     if (!captured) {
@@ -48,11 +48,11 @@ class Counters {
   static constexpr int64_t kSlab = 1 << 15;
 
   int64_t left() const { return slabs_.empty() ? 0 : kSlab - used_; }
-  int* next() { return slabs_.back().mutable_data_ptr<int>() + used_++; }
+  Counter* next() { return reinterpret_cast<Counter*>(slabs_.back().mutable_data_ptr<int64_t>()) + used_++; }
   // Waits for the zeros, as other streams may be the first to use them; happens once in thousands of captures. What is
   // left of the slab before stays unused.
   void allocate(c10::cuda::CUDAStream stream) {
-    slabs_.push_back(at::zeros({kSlab}, at::TensorOptions().device(stream.device()).dtype(at::kInt)));
+    slabs_.push_back(at::zeros({kSlab}, at::TensorOptions().device(stream.device()).dtype(at::kLong)));
     used_ = 0;
     stream.synchronize();
   }
@@ -60,7 +60,7 @@ class Counters {
   std::mutex mutex_;
   std::vector<at::Tensor> slabs_;
   int64_t used_ = 0;  // of the last slab
-  std::unordered_map<cudaStream_t, int*> of_stream_;
+  std::unordered_map<cudaStream_t, Counter*> of_stream_;
 };
 
 static Counters& counters_of(c10::DeviceIndex device) {
@@ -116,10 +116,10 @@ using OnLaunch = std::function<void(const std::string&, std::array<unsigned, 3>,
 template <typename Params>
 static void report(const OnLaunch& on_launch, const char* step, const Launch& launch, const Params& params,
                    const std::vector<at::Tensor>& tensors) {
-  static const char* const regimes[] = {"flat", "rows", "pixels"};
+  static const char* const regimes[] = {"flat", "rows", "pixels", "planes"};
   static const char* const elements[] = {"half", "bfloat16", "float", "double"};
   std::string name = std::string(step) + "_" + regimes[static_cast<int>(launch.regime)] + " " +
-                     elements[static_cast<int>(launch.element)] + (launch.wide ? " wide " : " narrow ") +
+                     elements[static_cast<int>(launch.element)] + " " + std::to_string(launch.width) + " " +
                      std::to_string(launch.exponentials);
   std::vector<std::optional<at::Tensor>> given;
   for (const at::Tensor& tensor : tensors) given.push_back(tensor.defined() ? std::optional(tensor) : std::nullopt);

@@ -98,26 +98,67 @@ __device__ __forceinline__ int misalignment(const T* address) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(address) % kVectorBytes / sizeof(T));
 }
 
+// What is moved by one access.
+template <int bytes>
+struct Bits;
+template <>
+struct Bits<2> {
+  using type = unsigned short;
+};
+template <>
+struct Bits<4> {
+  using type = unsigned;
+};
+template <>
+struct Bits<8> {
+  using type = uint2;
+};
+template <>
+struct Bits<16> {
+  using type = uint4;
+};
+
 // One access for a whole, aligned vector.
-template <typename T>
-__device__ __forceinline__ Vector<T> load_vector(const T* address) {
-  const uint4 bits = *reinterpret_cast<const uint4*>(address);
-  Vector<T> x;
+template <typename T, int n = Vector<T>::size>
+__device__ __forceinline__ Vector<T, n> load_vector(const T* address) {
+  const auto bits = *reinterpret_cast<const typename Bits<n * sizeof(T)>::type*>(address);
+  Vector<T, n> x;
   memcpy(&x, &bits, sizeof(x));
   return x;
 }
-template <typename T>
-__device__ __forceinline__ void store_vector(T* address, const Vector<T>& x) {
-  uint4 bits;
+template <typename T, int n>
+__device__ __forceinline__ void store_vector(T* address, const Vector<T, n>& x) {
+  typename Bits<n * sizeof(T)>::type bits;
   memcpy(&bits, &x, sizeof(x));
-  *reinterpret_cast<uint4*>(address) = bits;
+  *reinterpret_cast<decltype(bits)*>(address) = bits;
 }
 // The same in global memory, where the compiler would split the assignment of a uint4 in four.
-template <typename T>
-__device__ __forceinline__ void store_global(T* address, const Vector<T>& x) {
-  uint4 bits;
+template <typename T, int n>
+__device__ __forceinline__ void store_global(T* address, const Vector<T, n>& x) {
+  typename Bits<n * sizeof(T)>::type bits;
   memcpy(&bits, &x, sizeof(x));
-  __stwb(reinterpret_cast<uint4*>(address), bits);
+  __stwb(reinterpret_cast<decltype(bits)*>(address), bits);
+}
+
+// The 16 bytes at an address that is `shift` > 0 elements past an aligned one, from the two aligned vectors there.
+template <typename T>
+__device__ __forceinline__ Vector<T> load_shifted(const T* address, int shift) {
+  const Vector<T> low = load_vector(address - shift), high = load_vector(address - shift + Vector<T>::size);
+  unsigned words[8];
+  memcpy(words, &low, sizeof(low));
+  memcpy(words + 4, &high, sizeof(high));
+  const int bytes = shift * static_cast<int>(sizeof(T));
+#pragma unroll
+  for (int i = 0; i < 6; i++) words[i] = bytes & 8 ? words[i + 2] : words[i];
+#pragma unroll
+  for (int i = 0; i < 5; i++) words[i] = bytes & 4 ? words[i + 1] : words[i];
+  if (sizeof(T) < 4) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) words[i] = __funnelshift_r(words[i], words[i + 1], bytes % 4 * 8);
+  }
+  Vector<T> x;
+  memcpy(&x, words, sizeof(x));
+  return x;
 }
 
 // `count` neighbours in memory as aligned vectors, whatever the address: the first and the last vector may be partial.
@@ -157,6 +198,26 @@ __device__ __forceinline__ int64_t offset(const Place& at, const Steps& strides)
   return at.i0 * strides.s0 + at.i1 * strides.s1 + at.i2 * strides.s2;
 }
 
+// How the rows are cut into tiles: into tiles of `rows` and a rest, or each `run` of them (an image) into equal tiles
+// of at most `rows`.
+struct Tiling {
+  int64_t run, of_run, count;
+  int rows;
+  __device__ __forceinline__ Tiling(int64_t all, int rows)
+      : run(all), of_run(divide(all + rows - 1, rows)), count(of_run), rows(rows) {}
+  __device__ __forceinline__ Tiling(int64_t all, int64_t run, int rows)
+      : run(run),
+        of_run(divide(run + rows - 1, rows)),
+        count(divide(all, run) * of_run),
+        rows(static_cast<int>(divide(run + of_run - 1, of_run))) {}
+  // The tile's first row, and how many it has.
+  __device__ __forceinline__ int64_t first(int64_t tile, int& size) const {
+    const int64_t which = divide(tile, of_run), start = (tile - which * of_run) * rows;
+    size = static_cast<int>(min(static_cast<int64_t>(rows), run - start));
+    return which * run + start;
+  }
+};
+
 // A tile's labels: a class, or one of these.
 constexpr int kIgnored = -1, kBad = -2;
 
@@ -171,42 +232,110 @@ struct Group {
         rows_per_tile((kRowsThreads >> work.lane_bits) * work.rows_per_group) {}
 };
 
-// ---- tiles of the flat regime
-// ----------------------------------------------------------------------------------------
+// ---- tiles of the flat regime ----------------------------------------------------------------------------------
 
-// A flat tile in shared memory, shifted so that its 16-byte vectors are those of global memory.
+// A flat tile in shared memory, from `shared + head` on: with the head of either side its 16-byte vectors are those of
+// that side in global memory.
 template <typename T>
-__device__ __forceinline__ void load_flat(const T* source, int count, T* shared) {
+__device__ __forceinline__ void load_flat(const T* source, int count, T* shared, int head) {
   const Span<T> span(source, count);
 #pragma unroll 4
   for (int v = threadIdx.x; v < span.vectors; v += kFlatThreads) {
     const int first = span.first(v);
     if (span.whole(first)) {
-      store_vector(shared + v * span.V, load_vector(source + first));
+      const Vector<T> x = load_vector(source + first);
+      if (span.head == head) {
+        store_vector(shared + v * span.V, x);
+      } else {
+#pragma unroll
+        for (int k = 0; k < span.V; k++) shared[head + first + k] = x.at[k];
+      }
     } else {
-      for (int e = max(first, 0); e < min(first + span.V, count); e++) shared[span.head + e] = source[e];
+      for (int e = max(first, 0); e < min(first + span.V, count); e++) shared[head + e] = source[e];
     }
   }
 }
 
-// The way back; `head` is where load_flat put the first element.
+// The way back, from where the vectors are those of the destination.
 template <typename T>
-__device__ __forceinline__ void store_flat(T* destination, int count, const T* shared, int head) {
+__device__ __forceinline__ void store_flat(T* destination, int count, const T* shared) {
   const Span<T> span(destination, count);
-  if (span.head != head) {
-    for (int e = threadIdx.x; e < count; e += kFlatThreads) destination[e] = shared[head + e];
-    return;
-  }
 #pragma unroll 4
   for (int v = threadIdx.x; v < span.vectors; v += kFlatThreads) {
     const int first = span.first(v);
     if (span.whole(first)) {
       store_global(destination + first, load_vector(shared + v * span.V));
     } else {
-      for (int e = max(first, 0); e < min(first + span.V, count); e++) destination[e] = shared[head + e];
+      for (int e = max(first, 0); e < min(first + span.V, count); e++) destination[e] = shared[span.head + e];
     }
   }
 }
+
+// ---- tiles of the planes regime ------------------------------------------------------------------------------------
+
+// `K` classes of a tile of neighbouring rows in shared memory, kPlaneElements for each class; a thread owns the rows
+// threadIdx.x + r * kPlanesThreads, r < kOwn.
+template <typename T>
+struct Planes {
+  static constexpr int V = Vector<T>::size, K = V, kRows = kPlaneElements - V, kOwn = kPlaneElements / kPlanesThreads;
+  static constexpr int kVectors = kPlaneElements / V, kSteps = K * kVectors / kPlanesThreads;
+  T at[K][kPlaneElements];
+
+  // Rows `source[k * stride + (0 .. count)]` of classes k < classes; `heads(k)` is where the class begins. The first
+  // and the last vector may have neighbours, of which there are `before` and `behind`.
+  template <typename Heads>
+  __device__ __forceinline__ void load(const T* source, int64_t stride, int classes, int count, int64_t before,
+                                       int64_t behind, const Heads& heads) {
+    Vector<T> x[kSteps];
+    const auto whole = [&](int first) { return first + before >= 0 && first + V <= count + behind; };
+    const auto step = [&](int i, const auto& visit) {
+      const int index = i * kPlanesThreads + threadIdx.x, k = index / kVectors;
+      if (k >= classes) return;
+      const T* row = source + k * stride;
+      const Span<T> span(row, count);
+      const int v = index % kVectors;
+      if (v < span.vectors) visit(k, row, span, span.first(v));
+    };
+#pragma unroll
+    for (int i = 0; i < kSteps; i++) {
+      step(i, [&](int, const T* row, const Span<T>& span, int first) {
+        if (whole(first)) x[i] = load_vector(row + first);
+      });
+    }
+#pragma unroll
+    for (int i = 0; i < kSteps; i++) {
+      step(i, [&](int k, const T* row, const Span<T>& span, int first) {
+        const int head = heads(k);
+        if (!whole(first)) {
+          for (int e = max(first, 0); e < min(first + V, count); e++) at[k][head + e] = row[e];
+        } else if (span.head == head) {
+          store_vector(&at[k][head + first], x[i]);
+        } else {
+#pragma unroll
+          for (int e = 0; e < V; e++) {
+            if (span.holds(first + e)) at[k][head + first + e] = x[i].at[e];
+          }
+        }
+      });
+    }
+  }
+  // The way back; every class begins where the vectors of its destination want it.
+  __device__ __forceinline__ void store(T* destination, int64_t stride, int classes, int count) const {
+#pragma unroll
+    for (int i = 0; i < kSteps; i++) {
+      const int index = i * kPlanesThreads + threadIdx.x, k = index / kVectors;
+      if (k >= classes) break;
+      T* row = destination + k * stride;
+      const Span<T> span(row, count);
+      const int first = span.first(index % kVectors);
+      if (span.whole(first)) {
+        store_global(row + first, load_vector(&at[k][span.head + first]));
+      } else {
+        for (int e = max(first, 0); e < min(first + V, count); e++) row[e] = at[k][span.head + e];
+      }
+    }
+  }
+};
 
 // A thread owns the row `shared[0 .. classes)`, and starts at a class that keeps the threads of a warp in different
 // banks: visit(j, z_j) for all classes.

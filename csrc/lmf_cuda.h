@@ -13,15 +13,21 @@ namespace cuda {
 
 // How rows and classes are dealt out to threads.
 enum class Regime : int {
-  kFlat,   // few classes, rows one behind the other: a tile of rows is loaded flat, a thread owns a row
-  kRows,   // neighbouring classes are neighbours in memory: 1 to 256 lanes share a row
-  kPixels  // neighbouring rows are neighbours in memory: a thread owns one row, or 16 bytes of them
+  kFlat,    // few classes, rows one behind the other: a tile of rows is loaded flat, a thread owns a row
+  kRows,    // neighbouring classes are neighbours in memory: 1 to 256 lanes share a row
+  kPixels,  // neighbouring rows are neighbours in memory: a thread owns one row, or 16 bytes of them where all is
+            // aligned
+  kPlanes   // the same for any alignment: a tile of rows is loaded flat, some classes at a time
 };
 
-constexpr int kFlatThreads = 128, kRowsThreads = 256, kPixelsThreads = 128;
-constexpr int kFlatBytes = 256;  // the longest row of the flat regime
-constexpr int kTileRows = 256;   // rows in a tile of the rows regime, at most
+constexpr int kFlatThreads = 128, kRowsThreads = 256, kPixelsThreads = 128, kPlanesThreads = 256;
+constexpr int kFlatBytes = 256;      // the longest row of the flat regime
+constexpr int kTileRows = 256;       // rows in a tile of the rows regime, at most
+constexpr int kPlaneElements = 512;  // of shared memory for one class of a planes tile: its rows and a vector's head
 constexpr int kWarp = 32;
+
+// What atomics count in; 0 between launches.
+using Counter = unsigned long long;
 
 // Strides of one tensor along the levels of the rows, in elements.
 struct Steps {
@@ -63,8 +69,8 @@ struct ForwardParams {
   void* loss;          // () or (rows)
   void* stats;         // (5, rows) = m, c1, c2, g1, g2
   void* denominators;  // (2) or empty
-  void* partials;      // (4, blocks): what each block adds to the sums, or m, t1, t2, z_y of each chunk of a row
-  int* counter;        // 0 between launches
+  void* partials;      // (words, blocks): what each block adds to the sums, or m, t1, t2 of each chunk of a row
+  Counter* counter;    // 0 between launches
 
   Work work;
   Steps strides, target_strides;
@@ -89,11 +95,18 @@ struct BackwardParams {
   int reduction;
 };
 
+// Words a block that a forward launch hands over in memory. One block has nobody to tell; 'sum' is one number; 'mean'
+// has two sums and a denominator, the other of which the counter counts.
+inline int partial_words(const Work& work, int reduction, int exponentials, unsigned blocks) {
+  if (work.chunks > 1) return 1 + exponentials;
+  return reduction == 0 || blocks == 1 ? 0 : reduction == 1 ? 3 : 1;
+}
+
 // Which kernel, and its grid.
 struct Launch {
   Regime regime;
   Element element;
-  bool wide;  // kPixels: 16 bytes of neighbouring rows a thread
+  int width;  // kPixels: neighbouring rows that a thread loads at once: 16 bytes of them or one
   int exponentials;
   unsigned blocks, threads, shared_bytes;
 };

@@ -85,12 +85,12 @@ __device__ __forceinline__ RowGradient<A, n> read_row(const BackwardParams& p, i
 
 // Walks over the tiles of a block; load(row, count) and stream(row, count) are a regime's own.
 template <int threads, typename A, int n, int rows, typename Load, typename Stream>
-__device__ __forceinline__ void for_tiles(const BackwardParams& p, GradientTile<A, n, rows>& tile, int rows_per_tile,
+__device__ __forceinline__ void for_tiles(const BackwardParams& p, GradientTile<A, n, rows>& tile, const Tiling& tiling,
                                           const Load& load, const Stream& stream) {
   const int64_t blocks = gridDim.x / p.work.chunks;
-  for (int64_t row = blockIdx.x / p.work.chunks * static_cast<int64_t>(rows_per_tile); row < p.work.rows.count;
-       row += blocks * rows_per_tile) {
-    const int count = static_cast<int>(min(static_cast<int64_t>(rows_per_tile), p.work.rows.count - row));
+  for (int64_t t = blockIdx.x / p.work.chunks; t < tiling.count; t += blocks) {
+    int count;
+    const int64_t row = tiling.first(t, count);
     load(row, count);
     for (int i = threadIdx.x; i < count; i += threads) tile.put(i, read_row<A, n>(p, row + i));
     __syncthreads();
@@ -111,9 +111,8 @@ __global__ void __launch_bounds__(kFlatThreads, 7) backward_flat(const BackwardP
   const Rates<A, n> rates(p.work);
   int head = 0;
   const auto load = [&](int64_t row, int count) {
-    const T* source = static_cast<const T*>(p.logits) + row * classes;
-    head = misalignment(source);
-    load_flat(source, count * classes, shared);
+    head = misalignment(static_cast<const T*>(p.grad_logits) + row * classes);
+    load_flat(static_cast<const T*>(p.logits) + row * classes, count * classes, shared, head);
   };
   const auto stream = [&](int64_t first_row, int count) {
     if (static_cast<int>(threadIdx.x) < count) {
@@ -124,9 +123,9 @@ __global__ void __launch_bounds__(kFlatThreads, 7) backward_flat(const BackwardP
       });
     }
     __syncthreads();
-    store_flat(static_cast<T*>(p.grad_logits) + first_row * classes, count * classes, shared, head);
+    store_flat(static_cast<T*>(p.grad_logits) + first_row * classes, count * classes, shared);
   };
-  for_tiles<kFlatThreads>(p, tile, kFlatThreads, load, stream);
+  for_tiles<kFlatThreads>(p, tile, Tiling(p.work.rows.count, kFlatThreads), load, stream);
 }
 
 // ---- neighbouring classes are neighbours in memory
@@ -162,14 +161,15 @@ __global__ void __launch_bounds__(kRowsThreads, 2) backward_rows(const BackwardP
       const T* z = static_cast<const T*>(p.logits) + offset(at, p.strides) + first_class * p.stride_c;
       T* grad = static_cast<T*>(p.grad_logits) + offset(at, p.grad_strides) + first_class * p.grad_stride_c;
       const Span<T> span = dense_grad ? Span<T>(grad, classes) : Span<T>(classes);
-      const bool wide = dense && misalignment(z) == span.head;
+      // Elements from an aligned vector of logits to the vector that has those of a vector of gradients.
+      const int shift = dense ? (misalignment(z) - span.head) & (V - 1) : 0;
       for (int v = group.lane; v < span.vectors; v += group.lanes * U) {
         Vector<T> x[U];
 #pragma unroll
         for (int u = 0; u < U; u++) {
           const int first = span.first(v + u * group.lanes);
-          if (!zero && wide && span.whole(first)) {
-            x[u] = load_vector(z + first);
+          if (!zero && dense && span.whole(first - shift) && (shift == 0 || span.whole(first - shift + V))) {
+            x[u] = shift == 0 ? load_vector(z + first) : load_shifted(z + first, shift);
           } else {
 #pragma unroll
             for (int k = 0; k < V; k++) {
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kRowsThreads, 2) backward_rows(const BackwardP
       }
     }
   };
-  for_tiles<kRowsThreads>(p, tile, group.rows_per_tile, [](int64_t, int) {}, stream);
+  for_tiles<kRowsThreads>(p, tile, Tiling(p.work.rows.count, group.rows_per_tile), [](int64_t, int) {}, stream);
 }
 
 // ---- neighbouring rows are neighbours in memory
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kRowsThreads, 2) backward_rows(const BackwardP
 template <typename T, int V, int n>
 __global__ void __launch_bounds__(kPixelsThreads, 4) backward_pixels(const BackwardParams p) {
   using A = Acc<T>;
-  constexpr int K = V == 1 ? 8 : 4;  // classes in flight
+  constexpr int K = V * sizeof(T) < 8 ? 8 : 4;  // classes in flight
   constexpr int kRows = kPixelsThreads * V;
   __shared__ GradientTile<A, n, kRows> tile;
   const Rates<A, n> rates(p.work);
@@ -222,11 +222,7 @@ __global__ void __launch_bounds__(kPixelsThreads, 4) backward_pixels(const Backw
 #pragma unroll
       for (int k = 0; k < K; k++) {
         if (j + k >= classes) break;
-        if constexpr (V == 1) {
-          x[k].at[0] = z[(j + k) * p.stride_c];
-        } else {
-          x[k] = load_vector(z + (j + k) * p.stride_c);
-        }
+        x[k] = load_vector<T, V>(z + (j + k) * p.stride_c);
       }
 #pragma unroll
       for (int k = 0; k < K; k++) {
@@ -236,15 +232,55 @@ __global__ void __launch_bounds__(kPixelsThreads, 4) backward_pixels(const Backw
           const A gradient = row[v].of(j + k, widen(x[k].at[v]), rates.rate);
           x[k].at[v] = narrow<T>(row[v].y == kNoGradient ? A(0) : gradient);
         }
-        if constexpr (V == 1) {
-          grad[(j + k) * p.grad_stride_c] = x[k].at[0];
-        } else {
-          store_global(grad + (j + k) * p.grad_stride_c, x[k]);
-        }
+        store_global(grad + (j + k) * p.grad_stride_c, x[k]);
       }
     }
   };
-  for_tiles<kPixelsThreads>(p, tile, kRows, [](int64_t, int) {}, stream);
+  for_tiles<kPixelsThreads>(p, tile, Tiling(p.work.rows.count, kRows), [](int64_t, int) {}, stream);
+}
+
+template <typename T, int n>
+__global__ void __launch_bounds__(kPlanesThreads, sizeof(T) == 8 ? 1 : 2) backward_planes(const BackwardParams p) {
+  using A = Acc<T>;
+  constexpr int K = Planes<T>::K, R = Planes<T>::kOwn;
+  __shared__ GradientTile<A, n, kPlaneElements> tile;
+  __shared__ alignas(kVectorBytes) Planes<T> planes;
+  const Rates<A, n> rates(p.work);
+  const int classes = p.work.classes;
+  const auto stream = [&](int64_t first_row, int count) {
+    const Place at = place(first_row, p.work.rows);
+    const T* z = static_cast<const T*>(p.logits) + offset(at, p.strides);
+    T* grad = static_cast<T*>(p.grad_logits) + offset(at, p.grad_strides);
+    const int64_t before = at.i2, behind = p.work.rows.inner - before - count;
+    RowGradient<A, n> row[R];
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+      const int i = threadIdx.x + r * kPlanesThreads;
+      if (i < count) row[r] = tile.get(i);
+    }
+    for (int j = 0; j < classes; j += K) {
+      const auto head = [&](int k) { return misalignment(grad + (j + k) * p.grad_stride_c); };
+      planes.load(z + j * p.stride_c, p.stride_c, min(K, classes - j), count, before, behind, head);
+      __syncthreads();
+#pragma unroll
+      for (int k = 0; k < K; k++) {
+        if (j + k >= classes) break;
+        T* plane = planes.at[k] + head(k);
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+          const int i = threadIdx.x + r * kPlanesThreads;
+          if (i >= count) break;
+          const A gradient = row[r].of(j + k, widen(plane[i]), rates.rate);
+          plane[i] = narrow<T>(row[r].y == kNoGradient ? A(0) : gradient);
+        }
+      }
+      __syncthreads();
+      planes.store(grad + j * p.grad_stride_c, p.grad_stride_c, min(K, classes - j), count);
+      __syncthreads();
+    }
+  };
+  const Tiling tiling(p.work.rows.count, p.work.rows.inner, Planes<T>::kRows);
+  for_tiles<kPlanesThreads>(p, tile, tiling, [](int64_t, int) {}, stream);
 }
 
 cudaError_t launch_backward(const Launch& launch, const BackwardParams& p, cudaStream_t stream) {
@@ -255,7 +291,9 @@ cudaError_t launch_backward(const Launch& launch, const BackwardParams& p, cudaS
       backward_flat<T, n><<<launch.blocks, launch.threads, launch.shared_bytes, stream>>>(p);
     } else if (launch.regime == Regime::kRows) {
       backward_rows<T, n><<<launch.blocks, launch.threads, 0, stream>>>(p);
-    } else if (!launch.wide) {
+    } else if (launch.regime == Regime::kPlanes) {
+      backward_planes<T, n><<<launch.blocks, launch.threads, 0, stream>>>(p);
+    } else if (launch.width == 1) {
       backward_pixels<T, 1, n><<<launch.blocks, launch.threads, 0, stream>>>(p);
     } else if constexpr (sizeof(T) < 8) {
       backward_pixels<T, Vector<T>::size, n><<<launch.blocks, launch.threads, 0, stream>>>(p);

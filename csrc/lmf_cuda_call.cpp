@@ -125,8 +125,9 @@ ForwardCall::ForwardCall(const at::Tensor& logits, const at::Tensor& target, con
   describe_work(p.work, logits_, coefficients.alpha, coefficients.beta, coefficients.s);
 
   launch = plan_forward(p, element_of(logits_), multiprocessors);
-  if (needs_counter()) {
-    partials_ = at::empty({4, int64_t{launch.blocks}}, result.stats.options());
+  const int words = partial_words(p.work, p.reduction, launch.exponentials, launch.blocks);
+  if (words > 0) {
+    partials_ = at::empty({words, int64_t{launch.blocks}}, result.stats.options());
     p.partials = partials_.mutable_data_ptr();
   }
 }

@@ -17,7 +17,8 @@ struct ForwardCall {
   ForwardCall(const at::Tensor& logits, const at::Tensor& target, const Tables& tables,
               const Coefficients& coefficients, int64_t ignore_index, int64_t reduction, int multiprocessors);
   bool needed() const { return params.work.rows.count > 0 || params.reduction != kNone; }
-  bool needs_counter() const { return params.work.chunks > 1 || params.reduction != kNone; }
+  // Several blocks that hand something over to the last of them.
+  bool needs_counter() const { return partials_.defined(); }
   // What the pointers of `params` point to, in their order; the counter is not among them.
   std::vector<at::Tensor> tensors() const;
 

@@ -127,6 +127,15 @@ __device__ __forceinline__ void finish_row(const ForwardParams& p, int64_t row, 
   totals[kKept] += counts ? A(1) : A(0);
 }
 
+// What a term that is off adds is not looked at.
+template <typename A>
+__device__ __forceinline__ A weighted_loss(const ForwardParams& p, A ldam, A focal) {
+  A loss = 0;
+  if (p.work.ldam) loss += static_cast<A>(p.alpha) * ldam;
+  if (p.work.focal) loss += static_cast<A>(p.beta) * focal;
+  return loss;
+}
+
 // The loss from the sums over all rows.
 template <typename A>
 __device__ __forceinline__ void store_loss(const ForwardParams& p, const A (&totals)[kTotals]) {
@@ -139,42 +148,54 @@ __device__ __forceinline__ void store_loss(const ForwardParams& p, const A (&tot
     ldam /= weight;
     focal /= kept;
   }
-  A loss = 0;
-  if (p.work.ldam) loss += static_cast<A>(p.alpha) * ldam;
-  if (p.work.focal) loss += static_cast<A>(p.beta) * focal;
-  *static_cast<A*>(p.loss) = loss;
+  *static_cast<A*>(p.loss) = weighted_loss(p, ldam, focal);
 }
 
 // The sums over all rows from those of each thread.
 template <int threads, typename A>
 __device__ __forceinline__ void reduce_totals(const ForwardParams& p, A (&totals)[kTotals]) {
   __shared__ A scratch[threads / kWarp * kTotals];
+  const int64_t blocks = gridDim.x;
   A* partials = static_cast<A*>(p.partials);
   block_sum<threads>(totals, scratch);
-  if (threadIdx.x == 0) {
+  if (blocks > 1) {
+    const bool sum = p.reduction == 2;  // the loss alone
+    const int words = sum ? 1 : kKept;
+    Counter kept = static_cast<Counter>(totals[kKept]);
+    if (sum) totals[0] = weighted_loss(p, totals[kLdam], totals[kFocal]);
+    if (threadIdx.x == 0) {
 #pragma unroll
-    for (int i = 0; i < kTotals; i++) partials[i * static_cast<int64_t>(gridDim.x) + blockIdx.x] = totals[i];
-  }
-  if (!arrive_last(p.counter)) return;
+      for (int i = 0; i < kKept; i++) {
+        if (i < words) partials[i * blocks + blockIdx.x] = totals[i];
+      }
+    }
+    if (!arrive_last(p.counter, kept)) return;
 #pragma unroll
-  for (int i = 0; i < kTotals; i++) {
-    totals[i] = 0;
-    for (unsigned block = threadIdx.x; block < gridDim.x; block += threads) {
-      totals[i] += load_fresh(partials + i * static_cast<int64_t>(gridDim.x) + block);
+    for (int i = 0; i < kKept; i++) {
+      totals[i] = 0;
+      if (i >= words) continue;
+      for (int64_t block = threadIdx.x; block < blocks; block += threads) {
+        totals[i] += load_fresh(partials + i * blocks + block);
+      }
+    }
+    block_sum<threads>(totals, scratch);
+    totals[kKept] = static_cast<A>(kept);
+    if (sum) {
+      if (threadIdx.x == 0) *static_cast<A*>(p.loss) = totals[0];
+      return;
     }
   }
-  block_sum<threads>(totals, scratch);
   if (threadIdx.x == 0) store_loss(p, totals);
 }
 
 // Walks over the tiles of a block: load(row, count) and sum(row, count) are a regime's own.
 template <int threads, typename A, int n, int rows, typename Load, typename Sum>
 __device__ __forceinline__ void for_tiles(const ForwardParams& p, Tile<A, n, rows>& tile, const Rates<A, n>& rates,
-                                          int rows_per_tile, int parts, const Load& load, const Sum& sum) {
+                                          const Tiling& tiling, int parts, const Load& load, const Sum& sum) {
   A totals[kTotals] = {};
-  const int64_t step = static_cast<int64_t>(gridDim.x) * rows_per_tile;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * rows_per_tile; row < p.work.rows.count; row += step) {
-    const int count = static_cast<int>(min(static_cast<int64_t>(rows_per_tile), p.work.rows.count - row));
+  for (int64_t t = blockIdx.x; t < tiling.count; t += gridDim.x) {
+    int count;
+    const int64_t row = tiling.first(t, count);
     load(row, count);
     for (int i = threadIdx.x; i < count; i += threads) tile.label[i] = read_label(p, row + i);
     __syncthreads();
@@ -192,7 +213,7 @@ __device__ __forceinline__ void for_tiles(const ForwardParams& p, Tile<A, n, row
 // ---- few classes ---------------------------------------------------------------------------------------------------
 
 template <typename T, int n>
-__global__ void __launch_bounds__(kFlatThreads, 7) forward_flat(const ForwardParams p) {
+__global__ void __launch_bounds__(kFlatThreads, sizeof(T) == 8 ? 4 : 7) forward_flat(const ForwardParams p) {
   using A = Acc<T>;
   extern __shared__ uint4 dynamic[];
   __shared__ Tile<A, n, kFlatThreads> tile;
@@ -203,7 +224,7 @@ __global__ void __launch_bounds__(kFlatThreads, 7) forward_flat(const ForwardPar
   const auto load = [&](int64_t row, int count) {
     const T* source = static_cast<const T*>(p.logits) + row * classes;
     head = misalignment(source);
-    load_flat(source, count * classes, logits);
+    load_flat(source, count * classes, logits, head);
   };
   const auto sum = [&](int64_t, int count) {
     const int i = threadIdx.x;
@@ -221,7 +242,7 @@ __global__ void __launch_bounds__(kFlatThreads, 7) forward_flat(const ForwardPar
     tile.put(i, sums);
     if (y >= 0) tile.z_y[i] = widen(z[y]);
   };
-  for_tiles<kFlatThreads>(p, tile, rates, kFlatThreads, 1, load, sum);
+  for_tiles<kFlatThreads>(p, tile, rates, Tiling(p.work.rows.count, kFlatThreads), 1, load, sum);
 }
 
 // ---- neighbouring classes are neighbours in memory
@@ -291,8 +312,7 @@ __device__ __forceinline__ void forward_split(const ForwardParams& p, Tile<A, n,
   const int label = tile.label[0];
   const T* z = static_cast<const T*>(p.logits) + offset(place(row, work.rows), p.strides) + first * p.stride_c;
   const int classes = label >= 0 ? min(work.chunk, work.classes - first) : 0;
-  Sums<A, n> sums =
-      lane_sums(z, p.stride_c, classes, label - first, threadIdx.x, kRowsThreads, rates, partials + 3 * blocks + row);
+  Sums<A, n> sums = lane_sums(z, p.stride_c, classes, label - first, threadIdx.x, kRowsThreads, rates, tile.z_y);
   sums.combine(kWarp, rates);
   if (lane == 0) tile.put(warp, sums);
   __syncthreads();
@@ -302,12 +322,17 @@ __device__ __forceinline__ void forward_split(const ForwardParams& p, Tile<A, n,
 #pragma unroll
     for (int i = 0; i < n; i++) partials[(1 + i) * blocks + blockIdx.x] = sums.t[i];
   }
-  if (!arrive_last(p.counter)) return;
+  Counter none = 0;
+  if (!arrive_last(p.counter, none)) return;
 
   const int rows = static_cast<int>(work.rows.count);
-  for (int i = warp; i < rows; i += kWarps) {
+  int lanes = 1;  // of a row: few iterations, each of which waits for memory
+  while (lanes < min(work.chunks, kWarp)) lanes *= 2;
+  for (int first_row = 0; first_row < rows; first_row += kRowsThreads / lanes) {
+    const int i = first_row + static_cast<int>(threadIdx.x) / lanes;
+    const int chunks = i < rows ? work.chunks : 0;
     Sums<A, n> all;
-    for (int chunk = lane; chunk < work.chunks; chunk += kWarp) {
+    for (int chunk = lane % lanes; chunk < chunks; chunk += lanes) {
       const A* part = partials + i * static_cast<int64_t>(work.chunks) + chunk;
       const A m = load_fresh(part);
       const A top = fmax(all.m, m);
@@ -317,14 +342,15 @@ __device__ __forceinline__ void forward_split(const ForwardParams& p, Tile<A, n,
         all.t[k] += load_fresh(part + (1 + k) * blocks) * exponential(m - all.origin(top), rates.rate[k]);
       }
     }
-    all.combine(kWarp, rates);
-    if (lane == 0) tile.put(i, all);
+    all.combine(lanes, rates);
+    if (lane % lanes == 0 && i < rows) tile.put(i, all);
   }
   __syncthreads();
   A totals[kTotals] = {};
   for (int i = threadIdx.x; i < rows; i += kRowsThreads) {
     const int y = read_label(p, i);
-    const A z_y = y >= 0 ? load_fresh(partials + 3 * blocks + i) : A(0);
+    const T* logits = static_cast<const T*>(p.logits) + offset(place(i, work.rows), p.strides);
+    const A z_y = y >= 0 ? widen(logits[y * p.stride_c]) : A(0);  // by whichever block: gathered again
     finish_row(p, i, y, tile.get(i, 1, rates), z_y, totals);
   }
   if (p.reduction == 0) return;
@@ -355,7 +381,8 @@ __global__ void __launch_bounds__(kRowsThreads, sizeof(T) == 8 ? 1 : 2) forward_
       if (i < count && group.lane % kWarp == 0) tile.put(i * parts + group.lane / kWarp, sums);
     }
   };
-  for_tiles<kRowsThreads>(p, tile, rates, group.rows_per_tile, parts, [](int64_t, int) {}, sum);
+  const Tiling tiling(p.work.rows.count, group.rows_per_tile);
+  for_tiles<kRowsThreads>(p, tile, rates, tiling, parts, [](int64_t, int) {}, sum);
 }
 
 // ---- neighbouring rows are neighbours in memory
@@ -364,7 +391,7 @@ __global__ void __launch_bounds__(kRowsThreads, sizeof(T) == 8 ? 1 : 2) forward_
 template <typename T, int V, int n>
 __global__ void __launch_bounds__(kPixelsThreads, 4) forward_pixels(const ForwardParams p) {
   using A = Acc<T>;
-  constexpr int K = V == 1 && sizeof(T) < 8 ? 8 : 4;  // classes in flight
+  constexpr int K = V * sizeof(T) < 8 ? 8 : 4;  // classes in flight
   constexpr int kRows = kPixelsThreads * V;
   __shared__ Tile<A, n, kRows> tile;
   const Rates<A, n> rates(p.work);
@@ -386,11 +413,7 @@ __global__ void __launch_bounds__(kPixelsThreads, 4) forward_pixels(const Forwar
 #pragma unroll
       for (int k = 0; k < K; k++) {
         if (j + k < classes) {
-          if constexpr (V == 1) {
-            x[k].at[0] = z[(j + k) * p.stride_c];
-          } else {
-            x[k] = load_vector(z + (j + k) * p.stride_c);
-          }
+          x[k] = load_vector<T, V>(z + (j + k) * p.stride_c);
         } else {
 #pragma unroll
           for (int v = 0; v < V; v++) x[k].at[v] = narrow<T>(-infinity<A>());
@@ -416,7 +439,52 @@ __global__ void __launch_bounds__(kPixelsThreads, 4) forward_pixels(const Forwar
       tile.z_y[i + v] = z_y[v];
     }
   };
-  for_tiles<kPixelsThreads>(p, tile, rates, kRows, 1, [](int64_t, int) {}, sum);
+  for_tiles<kPixelsThreads>(p, tile, rates, Tiling(p.work.rows.count, kRows), 1, [](int64_t, int) {}, sum);
+}
+
+template <typename T, int n>
+__global__ void __launch_bounds__(kPlanesThreads, sizeof(T) == 8 ? 1 : 2) forward_planes(const ForwardParams p) {
+  using A = Acc<T>;
+  constexpr int K = Planes<T>::K, R = Planes<T>::kOwn;
+  __shared__ Tile<A, n, kPlaneElements> tile;
+  __shared__ alignas(kVectorBytes) Planes<T> planes;
+  const Rates<A, n> rates(p.work);
+  const int classes = p.work.classes;
+  const auto sum = [&](int64_t row, int count) {
+    const Place at = place(row, p.work.rows);
+    const int64_t before = at.i2, behind = p.work.rows.inner - before - count;
+    const T* z = static_cast<const T*>(p.logits) + offset(at, p.strides);
+    Sums<A, n> sums[R];
+    for (int j = 0; j < classes; j += K) {
+      const auto head = [&](int k) { return misalignment(z + (j + k) * p.stride_c); };
+      planes.load(z + j * p.stride_c, p.stride_c, min(K, classes - j), count, before, behind, head);
+      __syncthreads();
+#pragma unroll
+      for (int r = 0; r < R; r++) {
+        const int i = threadIdx.x + r * kPlanesThreads;
+        if (i >= count) break;
+        const int target = tile.label[i] - j;
+        A value[K];
+#pragma unroll
+        for (int k = 0; k < K; k++) {
+          value[k] = j + k < classes ? widen(planes.at[k][head(k) + i]) : -infinity<A>();
+          if (k == target) {
+            tile.z_y[i] = value[k];
+            value[k] = -infinity<A>();
+          }
+        }
+        sums[r].add(value, rates, j == 0);
+      }
+      __syncthreads();
+    }
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+      const int i = threadIdx.x + r * kPlanesThreads;
+      if (i < count) tile.put(i, sums[r]);
+    }
+  };
+  const Tiling tiling(p.work.rows.count, p.work.rows.inner, Planes<T>::kRows);
+  for_tiles<kPlanesThreads>(p, tile, rates, tiling, 1, [](int64_t, int) {}, sum);
 }
 
 cudaError_t launch_forward(const Launch& launch, const ForwardParams& p, cudaStream_t stream) {
@@ -427,7 +495,9 @@ cudaError_t launch_forward(const Launch& launch, const ForwardParams& p, cudaStr
       forward_flat<T, n><<<launch.blocks, launch.threads, launch.shared_bytes, stream>>>(p);
     } else if (launch.regime == Regime::kRows) {
       forward_rows<T, n><<<launch.blocks, launch.threads, 0, stream>>>(p);
-    } else if (!launch.wide) {
+    } else if (launch.regime == Regime::kPlanes) {
+      forward_planes<T, n><<<launch.blocks, launch.threads, 0, stream>>>(p);
+    } else if (launch.width == 1) {
       forward_pixels<T, 1, n><<<launch.blocks, launch.threads, 0, stream>>>(p);
     } else if constexpr (sizeof(T) < 8) {
       forward_pixels<T, Vector<T>::size, n><<<launch.blocks, launch.threads, 0, stream>>>(p);

@@ -13,7 +13,9 @@ constexpr int kVectorBytes = 16;
 constexpr int kLaneClasses = 32;   // classes that a lane keeps in registers
 constexpr int kMaxLaneBits = 8;    // 256 lanes a row
 constexpr int kFewestPixels = 32;  // rows for which reading across rows is worth while
-constexpr int kBlocksOfProcessor = 8;
+// Blocks that a multiprocessor holds at once, by the registers of the kernels: more of them in a grid whose blocks walk
+// over several tiles would wait for a second, emptier turn.
+constexpr int kBlocksOfProcessor = 8, kRowsBlocksOfProcessor = 2;
 
 static int bytes_of(Element element) { return element == Element::kDouble ? 8 : element == Element::kFloat ? 4 : 2; }
 
@@ -34,7 +36,7 @@ static bool aligned(const void* data, const Steps& strides, int64_t stride_c, co
 
 // What forward and backward decide in the same way.
 static Launch plan(Work& work, Element element, const Steps& strides, int64_t stride_c, bool flat, bool wide,
-                   int multiprocessors) {
+                   bool dense, int multiprocessors) {
   const int bytes = bytes_of(element);
   const int64_t rows = work.rows.count;
   // Double precision has one kernel, for two exponentials: fewer instantiations.
@@ -47,14 +49,23 @@ static Launch plan(Work& work, Element element, const Steps& strides, int64_t st
 
   Launch launch{};
   launch.element = element;
+  launch.width = 1;
   launch.exponentials = same_rate ? 1 : 2;
   if (strides.s2 < stride_c && rows >= kFewestPixels) {
-    const int64_t V = kVectorBytes / bytes;
     launch.regime = Regime::kPixels;
     launch.threads = kPixelsThreads;
-    launch.wide = wide && bytes < 8 && rows >= V * kPixelsThreads * 2 * multiprocessors;
-    launch.blocks =
-        static_cast<unsigned>(std::min<int64_t>(ceil_divide(rows, (launch.wide ? V : 1) * kPixelsThreads), 1 << 30));
+    const int64_t V = kVectorBytes / bytes, enough = 2 * multiprocessors, image = std::max<int64_t>(1, work.rows.inner);
+    const int64_t tile = kPlaneElements - V, tiles = rows / image * ceil_divide(image, tile);
+    int64_t blocks = ceil_divide(rows, kPixelsThreads);
+    if (wide && bytes < 8 && rows >= V * kPixelsThreads * enough) {
+      launch.width = static_cast<int>(V);
+      blocks = ceil_divide(rows, V * kPixelsThreads);
+    } else if (dense && tiles >= enough && image * 2 >= tile) {  // at least half of the threads have a row
+      launch.regime = Regime::kPlanes;
+      launch.threads = kPlanesThreads;
+      blocks = tiles;
+    }
+    launch.blocks = static_cast<unsigned>(std::min<int64_t>(blocks, 1 << 30));
   } else if (flat && int64_t{work.classes} * bytes <= kFlatBytes) {
     launch.regime = Regime::kFlat;
     launch.threads = kFlatThreads;
@@ -68,14 +79,15 @@ static Launch plan(Work& work, Element element, const Steps& strides, int64_t st
                                std::min(2, log2_ceil(ceil_divide(int64_t{work.classes} * bytes, kVectorBytes)))));
     const int64_t groups = kRowsThreads >> work.lane_bits;
     const int64_t most = std::min(1 << work.lane_bits, kWarp);
-    work.rows_per_group =
-        static_cast<int>(std::max<int64_t>(1, std::min(most, rows / (groups * kBlocksOfProcessor * multiprocessors))));
+    // As many tiles for each block that the device holds, and as many rows in each tile.
+    const int64_t at_once = groups * kRowsBlocksOfProcessor * multiprocessors;
+    const int64_t tiles = std::max<int64_t>(1, ceil_divide(rows, at_once * most));
+    work.rows_per_group = static_cast<int>(std::max<int64_t>(1, ceil_divide(rows, at_once * tiles)));
     launch.blocks = static_cast<unsigned>(std::min<int64_t>(ceil_divide(rows, groups * work.rows_per_group), 1 << 30));
-    // Too few rows for the device: several blocks share a row.
-    const int64_t step = kRowsThreads * kLaneClasses;
-    if (work.lane_bits == kMaxLaneBits && rows > 0 && rows < kTileRows && rows * 4 < multiprocessors &&
-        work.classes > step) {
-      const int64_t steps = ceil_divide(work.classes * rows, step * 4 * multiprocessors);
+    // Half of the device would have no row: several blocks share one, if it has more than what one takes in two steps.
+    const int64_t step = kRowsThreads * kLaneClasses, places = kRowsBlocksOfProcessor * multiprocessors;
+    if (rows > 0 && rows < kTileRows && rows * 2 <= places && work.classes > 2 * step) {
+      const int64_t steps = ceil_divide(ceil_divide(work.classes, places / rows), step);
       work.chunk = static_cast<int>(std::min<int64_t>(step * steps, work.classes));
       work.chunks = static_cast<int>(ceil_divide(work.classes, work.chunk));
       launch.blocks = static_cast<unsigned>(rows * work.chunks);
@@ -88,8 +100,9 @@ Launch plan_forward(ForwardParams& p, Element element, int multiprocessors) {
   const int bytes = bytes_of(element);
   const bool flat = p.work.rows.levels == 1 && p.stride_c == 1 && p.strides.s2 == p.work.classes;
   const bool wide = aligned(p.logits, p.strides, p.stride_c, p.work.rows, bytes);
-  Launch launch = plan(p.work, element, p.strides, p.stride_c, flat, wide, multiprocessors);
-  const unsigned most = kBlocksOfProcessor * static_cast<unsigned>(multiprocessors);
+  Launch launch = plan(p.work, element, p.strides, p.stride_c, flat, wide, p.strides.s2 == 1, multiprocessors);
+  const unsigned most = static_cast<unsigned>(multiprocessors) *
+                        (launch.regime == Regime::kRows ? kRowsBlocksOfProcessor : kBlocksOfProcessor);
   if (p.work.chunks == 1) launch.blocks = std::max(1u, std::min(launch.blocks, most));
   return launch;
 }
@@ -100,7 +113,8 @@ Launch plan_backward(BackwardParams& p, Element element, int multiprocessors) {
                     p.strides.s2 == p.work.classes && p.grad_strides.s2 == p.work.classes;
   const bool wide = aligned(p.logits, p.strides, p.stride_c, p.work.rows, bytes) &&
                     aligned(p.grad_logits, p.grad_strides, p.grad_stride_c, p.work.rows, bytes);
-  return plan(p.work, element, p.strides, p.stride_c, flat, wide, multiprocessors);
+  const bool dense = p.strides.s2 == 1 && p.grad_strides.s2 == 1;
+  return plan(p.work, element, p.strides, p.stride_c, flat, wide, dense, multiprocessors);
 }
 
 }  // namespace cuda

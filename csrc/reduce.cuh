@@ -41,14 +41,18 @@ __device__ __forceinline__ void block_sum(A (&values)[n], A* scratch) {
 }
 
 // Whether this is the last block to arrive; the caller then sees through `load_fresh` what all blocks stored before.
-// Every thread orders its stores before the barrier, and the barrier comes before the one atomic of the block.
-__device__ __forceinline__ bool arrive_last(int* counter) {
+// Every thread orders its stores before the barrier, and the barrier comes before the one atomic of the block. The
+// counter adds up something on the way: `count` of thread 0, below 2^40 in all, becomes the sum.
+__device__ __forceinline__ bool arrive_last(Counter* counter, Counter& count) {
+  constexpr Counter kArrival = Counter{1} << 40;
   __shared__ bool last;
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    last = atomicAdd(counter, 1) == static_cast<int>(gridDim.x) - 1;
-    if (last) atomicExch(counter, 0);  // for the next launch: nobody else looks at it any more
+    const Counter seen = atomicAdd(counter, kArrival + count) + kArrival + count;
+    last = seen / kArrival == gridDim.x;
+    if (last) atomicExch(counter, Counter{0});  // for the next launch: nobody else looks at it any more
+    count = seen % kArrival;
     __threadfence();
   }
   __syncthreads();

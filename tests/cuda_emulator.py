@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import pytest
 import torch
 from ptxsim import Device
 from ptxsim.machine import LoadedModule
-from ptxsim.memory import Memory
+from ptxsim.memory import GLOBAL_BASE, Memory
 from torch import Tensor
 
 from lmf_kernels import _ops
@@ -44,7 +45,6 @@ POINTERS = {
 }  # fmt: skip
 WRITTEN = {"forward": {"loss", "stats", "denominators", "partials"}, "backward": {"grad_logits"}}
 MANGLED = {"half": "6__half", "bfloat16": "13__nv_bfloat16", "float": "f", "double": "d"}
-ELEMENTS_OF_VECTOR = {"half": 8, "bfloat16": 8, "float": 4, "double": 2}
 
 
 @functools.cache
@@ -63,15 +63,18 @@ def ptx(step: str, arch: int) -> dict[str, str]:
     return {re.match(r"\.visible \.entry (\w+)", kernel)[1]: head + kernel for kernel in kernels}
 
 
+def entry(kernel: str) -> str:
+    """What the mangled name of a kernel contains."""
+    function, element, width, exponentials = kernel.split()
+    arguments = MANGLED[element] + (f"Li{width}E" if function.endswith("pixels") else "")
+    return f"{function}I{arguments}Li{exponentials}E"
+
+
 @functools.cache
 def module(kernel: str, arch: int) -> LoadedModule:
-    """Loads a kernel by the name under which the extension reports it: "forward_rows half narrow 2"."""
-    function, element, width, exponentials = kernel.split()
-    arguments = MANGLED[element]
-    if function.endswith("pixels"):
-        arguments += f"Li{ELEMENTS_OF_VECTOR[element] if width == 'wide' else 1}E"
-    part = f"{function}I{arguments}Li{exponentials}E"
-    (text,) = (text for name, text in ptx(function.split("_")[0], arch).items() if part in name)
+    """Loads a kernel by the name under which the extension reports it: "forward_pixels half 8 2"."""
+    step = kernel.split("_")[0]
+    (text,) = (text for name, text in ptx(step, arch).items() if entry(kernel) in name)
     return Device(capacity=1 << 16).load(text)
 
 
@@ -91,6 +94,9 @@ class Emulator:
     multiprocessors: int = 132
     options: dict[str, Any] = field(default_factory=lambda: {"racecheck": True})
     launches: list[Launch] = field(default_factory=list)
+    # Runs the last block alone, of tensors of which so many last rows have memory and fit in: for launches that are
+    # too large to be emulated.
+    tail: int | None = None
 
     def forward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         return _ops._C.trace_cuda_forward(self._launch, self.multiprocessors, *arguments)
@@ -101,7 +107,7 @@ class Emulator:
     def _launch(self, kernel: str, shape: list[int], params: bytes, tensors: list[Tensor | None]) -> None:
         loaded = module(kernel, self.arch)
         device = loaded.device
-        device.mem = Memory(capacity=1 << 20)
+        device.mem = Memory(capacity=(1 << 22) + sum(_size(tensor) for tensor in tensors if tensor is not None))
         words = np.frombuffer(params, np.uint64).copy()
         step = kernel.split("_")[0]
         outputs = []
@@ -109,27 +115,64 @@ class Emulator:
             if tensor is None:
                 assert words[i] == 0
                 continue
-            array = self._to_device(device, name, tensor, name in WRITTEN[step])
-            words[i] = array.ptr + tensor.storage_offset() * tensor.element_size()
+            pointer, pieces = self._to_device(device, name, tensor, name in WRITTEN[step])
+            words[i] = pointer + tensor.storage_offset() * tensor.element_size()
             if name in WRITTEN[step]:
-                outputs.append((name, array, tensor))
+                outputs.append((name, tensor, pieces))
         if step == "forward":
-            counter = device.zeros(1, np.int32, name="counter")
+            counter = device.zeros(1, np.int64, name="counter")
             words[len(tensors)] = counter.ptr
         blocks, threads, shared = shape
-        stats = loaded.launch(None, (blocks,), (threads,), [words.tobytes()], shared, **self.options)
+        options = self.options | ({} if self.tail is None else {"ctas": [blocks - 1]})
+        stats = loaded.launch(None, (blocks,), (threads,), [words.tobytes()], shared, **options)
         self.launches.append(Launch(kernel, blocks, threads, stats))
         if step == "forward":
             assert counter.numpy() == 0, "the counter was not left at zero"
-        for name, array, tensor in outputs:
+        for name, tensor, pieces in outputs:
             if name == "partials":
                 continue
-            assert tensor.numel() == 0 or array.initialised().all(), f"{name} was not written completely"
-            _bytes(tensor).copy_(torch.from_numpy(array.bits()))
+            for offset, array in pieces:
+                whole = self.tail is not None or tensor.numel() == 0 or array.initialised().all()
+                assert whole, f"{name} was not written completely"
+                _bytes(tensor)[offset : offset + array.shape[0]].copy_(torch.from_numpy(array.bits()))
 
-    def _to_device(self, device: Device, name: str, tensor: Tensor, written: bool) -> Any:
-        data = _bytes(tensor)
-        return device.empty(data.shape, np.uint8, name) if written else device.array(data, name=name)
+    def _to_device(self, device: Device, name: str, tensor: Tensor, written: bool) -> tuple[int, list[tuple[int, Any]]]:
+        """Address of the tensor's storage, and what is there: (offset, array of bytes)."""
+        memory, data = device.mem, _bytes(tensor)
+        base, pieces = memory.top, []
+        for offset, size in self._pieces(name, tensor):
+            memory.top = base + offset
+            piece = data[offset : offset + size]
+            array = device.empty(piece.shape, np.uint8, name) if written else device.array(piece, name=name)
+            pieces.append((offset, array))
+        memory.top = max(memory.top, -(-(base + len(data) + memory.guard) // 256) * 256)
+        return GLOBAL_BASE + base, pieces
+
+    def _pieces(self, name: str, tensor: Tensor) -> list[tuple[int, int]]:
+        """Offsets and sizes in bytes: the whole storage, or of a huge tensor what it has there."""
+        if not _is_huge(tensor) and self.tail is None:
+            return [(0, _size(tensor))]
+        if self.tail is not None:
+            rows = 0 if name in ("logits", "grad_logits") and tensor.dim() == 2 else -1
+            if name != "stats" and tensor.dim() > 1 and rows:  # images
+                tensor = tensor[-1:]
+            tensor = tensor.narrow(rows, max(0, tensor.shape[rows] - self.tail), min(self.tail, tensor.shape[rows]))
+        run, steps = 1, []
+        for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+            if step == run and not steps:
+                run *= size
+            elif step > 0:
+                steps.append(range(0, size * step, step))
+        starts = sorted(tensor.storage_offset() + sum(at) for at in product(*steps))
+        return [(start * tensor.element_size(), run * tensor.element_size()) for start in starts]
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
+
+
+def _is_huge(tensor: Tensor) -> bool:
+    return _size(tensor) > 1 << 28
 
 
 def _bytes(tensor: Tensor) -> Tensor:
