@@ -66,10 +66,17 @@ _library.impl("triton_forward", _triton_forward, "CompositeExplicitAutograd")
 _library.impl("triton_backward", _triton_backward, "CompositeExplicitAutograd")
 
 
-def _below_autograd(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The op without its own autograd step, which costs time and is the Functions' in eager mode."""
+def _shortest(op: Callable[..., Any], implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The op for eager mode, without its own autograd step, which is the Functions'.
+
+    On plain tensors that is its implementation: the dispatcher would double the host's time. Whoever listens to the
+    dispatcher (fake tensors, modes, torch.func) still sees the op.
+    """
 
     def call(*arguments: Any) -> Any:
+        plain = type(arguments[0]) is Tensor and type(arguments[1]) is Tensor
+        if plain and not (torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()):
+            return implementation(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
 
@@ -79,7 +86,7 @@ def _below_autograd(op: Callable[..., Any]) -> Callable[..., Any]:
 # Backend name -> its (forward, backward): the ops, for graphs, and the same by a shorter way, for eager mode.
 OPS = {"triton": (torch.ops.lmf_kernels.triton_forward.default, torch.ops.lmf_kernels.triton_backward.default)}
 EAGER: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    name: (_below_autograd(forward), _below_autograd(backward)) for name, (forward, backward) in OPS.items()
+    "triton": (_shortest(OPS["triton"][0], _triton_forward), _shortest(OPS["triton"][1], _triton_backward))
 }
 _native_devices: tuple[str, ...] = ()
 if _C is not None:

@@ -181,7 +181,7 @@ def _tile(C: int, levels: _Levels, class_strides: tuple[int, ...], itemsize: int
         # Lanes are neighbouring rows, classes are walked a few at a time.
         align = _common(wide, levels.inner, *outer_strides, *class_strides) if set(inner_strides) == {1} else 1
         # In forward a thread also finishes its rows, which takes more registers the more they are.
-        K = min(_power_of_2(C), 16 // align if forward and align > 4 else 32 // align)
+        K = _power_of_2(C) if C <= 8 else (16 if forward and align > 4 else 32) // align
         lanes = LANES if levels.rows >= 4 * LANES * align * device.multiprocessors else 32
         RT = min(lanes * align, max(32, _power_of_2(levels.inner)))
         inner_tiles = levels.depth > 1 and levels.inner >= 32
