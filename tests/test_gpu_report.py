@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from gpu_report import CLASSES, report_times  # noqa: E402
+from gpu_report import CLASSES, report_times
 
 
 def test_times_are_saved_and_plotted(tmp_path, capsys):
