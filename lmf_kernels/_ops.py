@@ -73,6 +73,7 @@ def _fused(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def _fake_forward(logits: Tensor, target: Tensor, *tables_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _check_device(logits, target)
     reduction = tables_and_options[-1]
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return (
@@ -83,7 +84,16 @@ def _fake_forward(logits: Tensor, target: Tensor, *tables_and_options: Any) -> t
 
 
 def _fake_backward(grad_output: Tensor, logits: Tensor, *rest: Any) -> Tensor:
+    _check_device(logits, *rest[:3])
     return torch.empty_like(logits)
+
+
+def _check_device(logits: Tensor, *others: Tensor) -> None:
+    for (
+        other
+    ) in others:  # torch runs a fake kernel for any meta tensor among others, and would return what it allocates
+        if other.device != logits.device:
+            raise RuntimeError(f"all tensors must be on {logits.device}, got one on {other.device}")
 
 
 for _backend in OPS:
