@@ -103,7 +103,10 @@ for _backend in OPS:
 
 @functools.cache
 def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:  # a finder that refuses it
+        return False
 
 
 def available_backends(device: torch.device) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from .reference import MEAN, NONE, SUM, reference_loss
 
 _REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 _FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_TINY = torch.finfo(torch.float32).tiny
 _TENSORS = ("input", "target", "margins", "ldam_weight", "focal_weight", "normalizer", "normalizer")
 
 Normalizer = float | Tensor | Sequence[float | Tensor]
@@ -117,9 +118,13 @@ def lmf_loss(
         else:  # numbers need no tensor: the mean is a sum with other coefficients
             alpha, beta, reduction_code = alpha / ldam, beta / focal, SUM
 
+    alpha, beta = float(alpha), float(beta)
+    if input.dtype != torch.float64:  # a kernel skips a term whose coefficient is 0 in float32, denominator and all
+        alpha, beta = (0.0 if coefficient < _TINY else coefficient for coefficient in (alpha, beta))
+
     arguments = (
         logits, target, margins, ldam_weight, focal_weight, ldam_normalizer, focal_normalizer,
-        float(alpha), float(beta), float(gamma), float(s), ignore_index, reduction_code,
+        alpha, beta, float(gamma), float(s), ignore_index, reduction_code,
     )  # fmt: skip
     chosen = select_backend(backend, input.device)
     if chosen == "reference":

@@ -21,6 +21,7 @@ FILES = (  # the longest first
     "test_reductions.py",
     "test_errors.py",
     "test_ops.py",
+    "test_properties.py",
 )
 
 
