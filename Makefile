@@ -42,6 +42,7 @@ test: setup
 
 test-all: test
 	$(BIN)/python -m pytest -m slow $(ARGS)
+	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest tests/test_properties.py $(ARGS)
 
 nightly: setup
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_properties.py $(ARGS)

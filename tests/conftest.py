@@ -18,10 +18,11 @@ from hypothesis import HealthCheck, settings
 _CALM = settings(
     deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], print_blob=True
 )
+settings.register_profile("quick", _CALM, max_examples=40, derandomize=True)
 settings.register_profile("ci", _CALM, max_examples=200, derandomize=True)
 settings.register_profile("nightly", _CALM, max_examples=2500)
 settings.register_profile("interpreter", _CALM, max_examples=4, derandomize=True)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "interpreter" if INTERPRETED else "ci"))
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "interpreter" if INTERPRETED else "quick"))
 
 
 @pytest.fixture(params=BACKENDS)

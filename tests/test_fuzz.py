@@ -46,7 +46,7 @@ def test_malformed_calls(tmp_path):
 
 @native_only
 def test_a_few_malformed_calls(tmp_path):
-    run_fuzz(100_000, 500, tmp_path / "progress")
+    run_fuzz(100_000, 200, tmp_path / "progress")
 
 
 def released(t, bytes_left=0):
