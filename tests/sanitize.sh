@@ -13,6 +13,7 @@ export PYTHONSAFEPATH=1 PYTHONPATH="$PWD/build/sanitize/lib" LMF_TEST_BACKENDS=n
 
 sanitized() { LD_PRELOAD="$preload" "$@"; }
 sanitized python -c 'import lmf_kernels._C as c; assert "build/sanitize/lib" in c.__file__, c.__file__'
+# --capture=sys: a report goes past Python, and must not end in a file that pytest drops with the process.
 # test_cpu_kernels.py runs the kernels of the lower instruction sets, test_fuzz.py the malformed calls.
-sanitized python -m pytest -q -p no:cacheprovider -k "not fork and not dataloader" \
+sanitized python -m pytest -q -p no:cacheprovider --capture=sys -k "not fork and not dataloader" \
     tests/test_{edges,layouts,reductions,ops,pairwise,precision,backward,threads,properties,cpu_kernels,fuzz}.py "$@"
