@@ -42,13 +42,20 @@ _BACKWARD_SCHEMA = (
 )
 
 
+_NO_TRITON = 'backend="triton" is not available: the package triton is missing (pip install triton)'
+
+
 def _triton_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if not has_triton():
+        raise RuntimeError(_NO_TRITON)
     from . import _triton  # imported at the first call: importing Triton takes most of a second
 
     return _triton.forward(*args)
 
 
 def _triton_backward(*args: Any) -> Tensor:
+    if not has_triton():
+        raise RuntimeError(_NO_TRITON)
     from . import _triton
 
     return _triton.backward(*args)
@@ -150,7 +157,7 @@ def select_backend(backend: str, device: torch.device) -> str:
         if _C is None or device.type not in _C.devices():
             raise RuntimeError(f'backend="native" is not available for {device.type} tensors: {_missing(device)}')
     elif backend == "triton" and not has_triton():
-        raise RuntimeError('backend="triton" is not available: the package triton is missing (pip install triton)')
+        raise RuntimeError(_NO_TRITON)
     return backend
 
 

@@ -89,6 +89,10 @@ use()
 use("reference")
 message = error_of(lmf_loss, z, y, backend="triton")
 assert "triton" in message and "pip install triton" in message, message
+raw = (z, y, None, None, None, None, None, 1.0, 1.0, 1.5, 30.0, -100, 1)
+assert "pip install triton" in error_of(torch.ops.lmf_kernels.triton_forward, *raw)
+raw = (torch.ones(()), z, y, torch.ones(5, 6), torch.ones(2), 1.0, 1.0, 30.0)
+assert "pip install triton" in error_of(torch.ops.lmf_kernels.triton_backward, *raw)
 assert lmf_kernels._ops.available_backends(torch.device("cuda"))[0] != "triton"
 """
     )
