@@ -22,6 +22,7 @@ FILES = (  # the longest first
     "test_errors.py",
     "test_ops.py",
     "test_properties.py",
+    "test_fuzz.py",
 )
 
 
