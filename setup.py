@@ -1,7 +1,8 @@
 """Builds the native extension lmf_kernels._C; everything else about the package is in pyproject.toml.
 
 LMF_BUILD_CUDA=0 leaves the CUDA kernels out, LMF_BUILD_CUDA=1 insists on them; otherwise they are built where a CUDA
-toolkit is found that fits torch. TORCH_CUDA_ARCH_LIST chooses the architectures.
+toolkit is found that fits torch. TORCH_CUDA_ARCH_LIST chooses the architectures. LMF_SANITIZE=1 builds the CPU kernels
+with GCC's AddressSanitizer and UndefinedBehaviorSanitizer, for `make sanitize`.
 """
 
 import os
@@ -30,6 +31,9 @@ CUDA_SOURCES = [  # the longest to compile first
 ]
 # No errno and no traps: the kernels' selects may then be computed on both sides. NaN and infinity keep their meaning.
 CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi"]
+# Later flags win. Any finding ends the process, so that no test passes over one.
+SANITIZE_FLAGS = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZE_FLAGS += ["-Wno-maybe-uninitialized"]  # GCC's own AVX-512 intrinsics
 
 
 def say(message):
@@ -65,9 +69,13 @@ def native_extension():
     if compiler is None:
         say("no C++ compiler found; installing without the native kernels")
         return {}
-    options = {"extra_compile_args": {"cxx": CXX_FLAGS}, "extra_link_args": ["-fopenmp"]}
+    sanitizers = SANITIZE_FLAGS if os.environ.get("LMF_SANITIZE") == "1" else []
+    options = {
+        "extra_compile_args": {"cxx": CXX_FLAGS + sanitizers},
+        "extra_link_args": ["-fopenmp", *sanitizers],
+    }
     sources = CPU_SOURCES
-    toolkit = cuda_toolkit()
+    toolkit = None if sanitizers else cuda_toolkit()
     if toolkit is not None:
         cpp_extension.CUDA_HOME = str(toolkit.home)  # torch takes a wrong one where nvcc on PATH is a script
         os.environ["TORCH_CUDA_ARCH_LIST"] = toolkit.architectures

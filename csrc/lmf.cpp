@@ -8,6 +8,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -32,6 +33,16 @@ Element element_of(const at::Tensor& logits) {
   }
 }
 
+// Storages may be emptied or shrunk under their tensors, as offloading and sharding do: then pointers promise nothing.
+static void check_memory(const char* name, const at::Tensor& t) {
+  if (t.numel() == 0) return;
+  int64_t last = t.storage_offset();
+  for (int64_t d = 0; d < t.dim(); d++) last += (t.size(d) - 1) * t.stride(d);
+  const auto needed = static_cast<uint64_t>(last + 1) * t.element_size();
+  TORCH_CHECK(needed <= t.storage().nbytes(), name, " of shape ", t.sizes(), " needs ", needed,
+              " bytes, but its storage holds ", t.storage().nbytes(), ": its memory was released or resized");
+}
+
 static void check_pair(const at::Tensor& logits, const at::Tensor& target) {
   element_of(logits);
   TORCH_CHECK_VALUE(logits.dim() >= 2 && logits.size(1) >= 1,
@@ -42,6 +53,10 @@ static void check_pair(const at::Tensor& logits, const at::Tensor& target) {
   for (int64_t d = 1; fits && d < target.dim(); d++) fits = target.size(d) == logits.size(d + 1);
   TORCH_CHECK_VALUE(fits, "target must have the shape of logits without its class dimension, got ", target.sizes(),
                     " for logits ", logits.sizes());
+  TORCH_CHECK_VALUE(logits.size(1) <= std::numeric_limits<int32_t>::max(),
+                    "logits must have fewer than 2^31 classes, got ", logits.size(1));
+  check_memory("logits (input)", logits);
+  check_memory("target", target);
 }
 
 static void check_table(const char* name, const std::optional<at::Tensor>& table, const at::Tensor& logits) {
@@ -50,6 +65,7 @@ static void check_table(const char* name, const std::optional<at::Tensor>& table
                     "), got ", table->sizes());
   TORCH_CHECK_TYPE(table->is_floating_point(), name, " must be floating point, got ", table->scalar_type());
   TORCH_CHECK(table->device() == logits.device(), name, " must be on ", logits.device(), ", got ", table->device());
+  check_memory(name, *table);
 }
 
 static void check_normalizer(const char* name, const std::optional<at::Tensor>& normalizer, const at::Tensor& logits,
@@ -60,6 +76,7 @@ static void check_normalizer(const char* name, const std::optional<at::Tensor>& 
   TORCH_CHECK_TYPE(normalizer->is_floating_point(), name, " must be floating point, got ", normalizer->scalar_type());
   TORCH_CHECK(normalizer->device() == logits.device(), name, " must be on ", logits.device(), ", got ",
               normalizer->device());
+  check_memory(name, *normalizer);
 }
 
 void check_forward(const at::Tensor& logits, const at::Tensor& target, const Tables& tables, int64_t reduction) {
@@ -80,6 +97,7 @@ void check_backward(const at::Tensor& grad_output, const at::Tensor& logits, con
     TORCH_CHECK_VALUE(fits, name, " does not belong to these logits, got shape ", t.sizes());
     TORCH_CHECK_TYPE(t.scalar_type() == acc, name, " must be ", acc, ", got ", t.scalar_type());
     TORCH_CHECK(t.device() == logits.device(), name, " must be on ", logits.device(), ", got ", t.device());
+    check_memory(name, t);
   };
   check("grad_output", grad_output, grad_output.dim() == 0 || grad_output.sizes() == target.sizes());
   check("stats", stats,

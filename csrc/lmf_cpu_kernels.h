@@ -367,7 +367,9 @@ void row_gradient(const BackwardArguments& p, Scale<A> s, int64_t row, int64_t l
   if (rest) {
     store_some(grad + whole, competitor_gradient<M, both>(load_some(z + whole, rest) - m, rc1, rc2, s), rest);
   }
-  store_some(grad + p.target[row], M::of(c.at_target[lane]), 1);
+  // Forward looked at the labels, but not necessarily at these: a label changed since then must not write elsewhere.
+  const int64_t y = p.target[row];
+  if (uint64_t(y) < uint64_t(p.classes)) store_some(grad + y, M::of(c.at_target[lane]), 1);
 }
 
 template <typename T, typename A, bool both>

@@ -46,17 +46,30 @@ _BACKWARD_SCHEMA = (
     "float alpha, float beta, float s) -> Tensor"
 )
 
+# Looked up once, at import: torch.compile cannot trace the looking.
+try:
+    HAS_TRITON = importlib.util.find_spec("triton") is not None
+except ImportError:  # an import hook that refuses it
+    HAS_TRITON = False
+
+_NO_TRITON = 'backend="triton" is not available: the package triton is missing (pip install triton)'
+
+
+def _triton_module() -> Any:
+    """Imported at the first call: importing Triton takes most of a second."""
+    if not HAS_TRITON:
+        raise RuntimeError(_NO_TRITON)
+    from . import _triton
+
+    return _triton
+
 
 def _triton_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from . import _triton  # imported at the first call: importing Triton takes most of a second
-
-    return _triton.forward(*args)
+    return _triton_module().forward(*args)
 
 
 def _triton_backward(*args: Any) -> Tensor:
-    from . import _triton
-
-    return _triton.backward(*args)
+    return _triton_module().backward(*args)
 
 
 _library = torch.library.Library("lmf_kernels", "FRAGMENT")
@@ -100,6 +113,7 @@ def _fused(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def _fake_forward(logits: Tensor, target: Tensor, *tables_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _check_device(logits, target)
     reduction = tables_and_options[-1]
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return (
@@ -110,7 +124,15 @@ def _fake_forward(logits: Tensor, target: Tensor, *tables_and_options: Any) -> t
 
 
 def _fake_backward(grad_output: Tensor, logits: Tensor, *rest: Any) -> Tensor:
+    _check_device(logits, *rest[:3])
     return torch.empty_like(logits)
+
+
+def _check_device(logits: Tensor, *others: Tensor) -> None:
+    # torch runs a fake kernel for any meta tensor among others, and would return what it allocates
+    for other in others:
+        if other.device != logits.device:
+            raise RuntimeError(f"all tensors must be on {logits.device}, got one on {other.device}")
 
 
 def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -159,17 +181,10 @@ for _backend, (_forward, _backward) in OPS.items():
     torch.library.register_vmap(_names[1], functools.partial(backward_rule, _backward), lib=_library)
 
 
-# Looked up once, at import: torch.compile cannot trace the looking.
-try:
-    _has_triton = importlib.util.find_spec("triton") is not None
-except ImportError:  # an import hook that refuses it
-    _has_triton = False
-
-
 def available_backends(device: torch.device) -> tuple[str, ...]:
     """The backends that can run on tensors of `device` in this installation, best first."""
     found = []
-    if device.type == "cuda" and _has_triton:
+    if device.type == "cuda" and HAS_TRITON:
         found.append("triton")
     if device.type in _native_devices:
         found.append("native")
@@ -208,8 +223,8 @@ def select_backend(backend: str, device: torch.device) -> str:
     if backend == "native":
         if device.type not in _native_devices:
             raise RuntimeError(f'backend="native" is not available for {device.type} tensors: {_missing(device)}')
-    elif backend == "triton" and not _has_triton:
-        raise RuntimeError('backend="triton" is not available: the package triton is missing (pip install triton)')
+    elif backend == "triton" and not HAS_TRITON:
+        raise RuntimeError(_NO_TRITON)
     return backend
 
 

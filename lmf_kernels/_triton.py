@@ -339,6 +339,12 @@ def _device(device: torch.device) -> _Device:
     return _Device(device)
 
 
+def _check_pointers(tensors: Sequence[Tensor | None]) -> None:
+    for tensor in tensors:
+        if tensor is not None and tensor.numel() and tensor.data_ptr() == 0:
+            raise RuntimeError(f"the memory of a tensor of shape {tuple(tensor.shape)} was released")
+
+
 def _launch(
     kernel: Any,
     device: _Device,
@@ -354,6 +360,8 @@ def _launch(
     """
     variant = (terms, reduction, *(None if tensor is None else tensor.dtype for tensor in tensors))
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    if 0 in pointers:
+        _check_pointers(tensors)
     aligned = all(pointer is None or pointer % 16 == 0 for pointer in pointers)
     compiled = plan.compiled.get(variant) if aligned else None
     if compiled is not None:

@@ -8,11 +8,14 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from ._checks import as_float, check_dense, check_memory
 from ._ops import BACKENDS, fused_loss, select_backend
 from .reference import MEAN, NONE, SUM, reference_loss
 
 _REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 _FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_TINY = torch.finfo(torch.float32).tiny
+_TENSORS = ("input", "target", "margins", "ldam_weight", "focal_weight", "normalizer", "normalizer")
 
 Normalizer = float | Tensor | Sequence[float | Tensor]
 
@@ -116,12 +119,19 @@ def lmf_loss(
         else:  # numbers need no tensor: the mean is a sum with other coefficients
             alpha, beta, reduction_code = alpha / ldam, beta / focal, SUM
 
+    alpha, beta = float(alpha), float(beta)
+    if input.dtype != torch.float64:  # a kernel skips a term whose coefficient is 0 in float32, denominator and all
+        alpha, beta = (0.0 if coefficient < _TINY else coefficient for coefficient in (alpha, beta))
+
     arguments = (
         logits, target, margins, ldam_weight, focal_weight, ldam_normalizer, focal_normalizer,
-        float(alpha), float(beta), float(gamma), float(s), ignore_index, reduction_code,
+        alpha, beta, float(gamma), float(s), ignore_index, reduction_code,
     )  # fmt: skip
     chosen = select_backend(backend, input.device)
     if chosen == "reference":
+        for name, tensor in zip(_TENSORS, arguments, strict=False):
+            if isinstance(tensor, Tensor):
+                check_memory(name, tensor)
         _check_labels(target, num_classes, ignore_index)
         loss = reference_loss(*arguments)
     else:
@@ -136,13 +146,15 @@ def check_options(
     for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma), ("s", s)):
         if not isinstance(value, (float, int, numbers.Real)):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-        if not 0 <= float(value) < math.inf:
+        if not 0 <= as_float(value) < math.inf:
             raise ValueError(f"{name} must be finite and {'>' if name == 's' else '>='} 0, got {value}")
     if s == 0:
         raise ValueError(f"s must be finite and > 0, got {s}")
     if type(ignore_index) is not int:
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    if backend not in BACKENDS:
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit into int64, got {ignore_index}")
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
@@ -151,14 +163,14 @@ def check_options(
 
 def _check_input_and_target(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """The checked logits (N, C, ...) and target (N, ...), int64."""
-    for name, tensor in (("input", input), ("target", target)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    check_dense("input", input)
+    check_dense("target", target)
     if input.dtype not in _FLOATING:
         raise TypeError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
     if target.dtype != torch.int64:
         if target.dtype != torch.uint8:
             _refuse_target_dtype(target.dtype)
+        check_memory("target", target)
         target = target.long()
     if input.dim() == 0:
         raise ValueError("input must have shape (C,), (N, C) or (N, C, d1, ..., dk), got a 0-dim tensor")
@@ -173,7 +185,11 @@ def _check_input_and_target(input: Tensor, target: Tensor) -> tuple[Tensor, Tens
         )
     if target.device != input.device:
         raise RuntimeError(f"target must be on input's device {input.device}, got {target.device}")
-    return (input, target) if batched else (input.unsqueeze(0), target.unsqueeze(0))
+    if batched:
+        return input, target
+    check_memory("input", input)
+    check_memory("target", target)
+    return input.unsqueeze(0), target.unsqueeze(0)
 
 
 def _refuse_target_dtype(dtype: torch.dtype) -> NoReturn:
@@ -186,8 +202,7 @@ def _refuse_target_dtype(dtype: torch.dtype) -> NoReturn:
 
 def check_table(name: str, table: Tensor, num_classes: int, device: torch.device | None = None) -> None:
     """Checks margins or class weights: a floating tensor (C,) without grad, on `device` if one is given."""
-    if not isinstance(table, Tensor):
-        raise TypeError(f"{name} must be a tensor of shape ({num_classes},), got {type(table).__name__}")
+    check_dense(name, table, "(C,)")
     if table.shape != (num_classes,):
         raise ValueError(f"{name} must have shape ({num_classes},), one value a class, got {tuple(table.shape)}")
     if table.dtype not in _FLOATING:
@@ -206,15 +221,21 @@ def _check_normalizer(normalizer: Normalizer, device: torch.device) -> tuple[flo
     checked: list[float | Tensor] = []
     for value in pair:
         if isinstance(value, Tensor):
+            check_dense("normalizer", value)
+            if value.dtype.is_complex:
+                raise TypeError(f"normalizer must be real, got {value.dtype}")
             if value.dim() != 0:
                 raise ValueError(f"normalizer tensors must be 0-dim, got shape {tuple(value.shape)}")
             if value.device != device:
                 raise RuntimeError(f"normalizer must be on input's device {device}, got {value.device}")
             if value.requires_grad:
                 raise ValueError("normalizer must not require grad (no gradient is computed for it); detach it")
-            checked.append(value if value.dtype in _FLOATING else value.float())
+            if value.dtype not in _FLOATING:
+                check_memory("normalizer", value)
+                value = value.float()
+            checked.append(value)
         elif isinstance(value, numbers.Real):
-            if not 0 < float(value) < math.inf:
+            if not 0 < as_float(value) < math.inf:
                 raise ValueError(f"normalizer must be finite and > 0, got {value}")
             checked.append(float(value))
         else:

@@ -1,11 +1,14 @@
 """From labels to class counts, and from class counts to margins and class weights."""
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ._checks import as_float, check_dense, check_memory
 
 
 def class_counts(labels: Any, num_classes: int) -> Tensor:
@@ -19,19 +22,19 @@ def class_counts(labels: Any, num_classes: int) -> Tensor:
         The counts, shape (C,), int64, on the CPU.
 
     Raises:
-        TypeError: the labels are not integers.
-        ValueError: a label lies outside [0, C), or `num_classes` is below 1.
+        TypeError: the labels are not integers, or `num_classes` is not one.
+        ValueError: a label lies outside [0, C), or `num_classes` outside [1, 2^31).
     """
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    labels = getattr(labels, "targets", labels)
-    if not isinstance(labels, Tensor):
-        labels = torch.as_tensor(labels)
+    if not isinstance(num_classes, numbers.Integral):
+        raise TypeError(f"num_classes must be an integer, got {type(num_classes).__name__}")
+    if not 1 <= num_classes < 2**31:
+        raise ValueError(f"num_classes must be at least 1 and below 2^31, got {num_classes}")
+    labels = _dense("labels", getattr(labels, "targets", labels), "integer class indices")
     if labels.numel() == 0:
         return torch.zeros(num_classes, dtype=torch.int64)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be integer class indices, got dtype {labels.dtype}")
-    labels = labels.detach().cpu().reshape(-1).long()
+    labels = labels.reshape(-1).long()
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         raise ValueError(
@@ -54,12 +57,14 @@ def ldam_margins(cls_num_list: Sequence[int] | Tensor, max_m: float = 0.5) -> Te
         The margins, shape (C,), in torch's default dtype.
 
     Raises:
-        TypeError, ValueError: a count is not a number of at least 1 (the message names the class).
+        TypeError, ValueError: a count is not a number of at least 1 (the message names the class), or `max_m` not a
+            finite number.
     """
-    if not math.isfinite(max_m):
+    _check_number("max_m", max_m)
+    if not math.isfinite(as_float(max_m)):
         raise ValueError(f"max_m must be finite, got {max_m}")
     rarity = _counts(cls_num_list) ** -0.25
-    return (max_m * rarity / rarity.max()).to(torch.get_default_dtype())
+    return (float(max_m) * rarity / rarity.max()).to(torch.get_default_dtype())
 
 
 def effective_number_weights(cls_num_list: Sequence[int] | Tensor, beta: float = 0.9999) -> Tensor:
@@ -78,6 +83,7 @@ def effective_number_weights(cls_num_list: Sequence[int] | Tensor, beta: float =
     Raises:
         TypeError, ValueError: a count below 1 (the message names the class), or `beta` outside [0, 1).
     """
+    _check_number("beta", beta)
     if not 0 <= beta < 1:
         raise ValueError(f"beta must lie in [0, 1), got {beta}")
     counts = _counts(cls_num_list)
@@ -110,13 +116,31 @@ def inverse_frequency_weights(cls_num_list: Sequence[int] | Tensor) -> Tensor:
 
 def _counts(cls_num_list: Sequence[int] | Tensor) -> Tensor:
     """The checked counts as a float64 CPU tensor, (C,)."""
-    try:
-        counts = torch.as_tensor(cls_num_list).detach().cpu().to(torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"cls_num_list must be a sequence of class counts, got {cls_num_list!r}") from error
+    counts = _dense("cls_num_list", cls_num_list, "a sequence of class counts")
+    if counts.is_complex():
+        raise TypeError(f"cls_num_list must hold real counts, got dtype {counts.dtype}")
+    counts = counts.to(torch.float64)
     if counts.dim() != 1 or len(counts) == 0:
         raise ValueError(f"cls_num_list must hold one count a class, shape (C,), got shape {tuple(counts.shape)}")
     for index, count in enumerate(counts.tolist()):
         if not 1 <= count < float("inf"):
             raise ValueError(f"cls_num_list must hold counts >= 1, got {count:g} for class {index}")
     return counts
+
+
+def _dense(name: str, values: Any, expected: str) -> Tensor:
+    """`values` as a tensor in the CPU's memory."""
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"{name} must be {expected}, got {type(values).__name__} ({error})") from error
+    check_dense(name, tensor)
+    if tensor.is_quantized or tensor.is_meta:
+        raise TypeError(f"{name} must be {expected}, got a {'meta' if tensor.is_meta else 'quantized'} tensor")
+    check_memory(name, tensor)
+    return tensor.detach().cpu()
+
+
+def _check_number(name: str, value: float) -> None:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ._checks import check_dense, check_memory
 from .functional import Normalizer, check_options, check_table, lmf_loss
 from .margins import ldam_margins
 
@@ -70,16 +71,21 @@ class _Loss(nn.Module):
         capture of a CUDA graph.
 
         Raises:
-            RuntimeError: the loss was built without class weights (FocalLoss alone, which does not know C).
-            TypeError, ValueError: not a tensor of shape (C,).
+            RuntimeError: the loss was built without class weights (FocalLoss alone, which does not know C), or the
+                weights are on the meta device.
+            TypeError, ValueError: not a dense real tensor of shape (C,).
         """
         buffers = [buffer for buffer in (self.ldam_weight, self.focal_weight) if buffer is not None]
         if not buffers:
             raise RuntimeError("set_weight needs a loss built with weight=; start with weight=torch.ones(C)")
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"weight must be a tensor of shape (C,), got {type(weight).__name__}")
+        check_dense("weight", weight, "(C,)")
+        if weight.is_complex() or weight.is_quantized:
+            raise TypeError(f"weight must be real, got {weight.dtype}")
+        if weight.is_meta and not buffers[0].is_meta:
+            raise RuntimeError(f"weight must hold values for the loss on {buffers[0].device}, got one on meta")
         if weight.shape != buffers[0].shape:
             raise ValueError(f"weight must have shape {tuple(buffers[0].shape)}, got {tuple(weight.shape)}")
+        check_memory("weight", weight)
         for buffer in buffers:
             buffer.copy_(weight)
 
@@ -268,7 +274,7 @@ class FocalLoss(_Loss):
         super().__init__(
             margins=None,
             ldam_weight=None,
-            focal_weight=None if weight is None else _own_weights("weight", weight, len(weight)),
+            focal_weight=None if weight is None else _own_weights("weight", weight, _num_classes(weight)),
             alpha=0.0,
             beta=1.0,
             gamma=gamma,
@@ -279,9 +285,18 @@ class FocalLoss(_Loss):
         )
 
 
+def _num_classes(weight: Tensor) -> int:
+    """C, where the weights alone tell it."""
+    check_dense("weight", weight, "(C,)")
+    if weight.dim() != 1 or len(weight) == 0:
+        raise ValueError(f"weight must have shape (C,), one value a class, got {tuple(weight.shape)}")
+    return len(weight)
+
+
 def _own_weights(name: str, weight: Tensor | None, num_classes: int) -> Tensor:
     """A private copy of the checked weights, so that set_weight() changes no tensor of the caller."""
     if weight is None:
         return torch.ones(num_classes)
     check_table(name, weight, num_classes)
+    check_memory(name, weight)
     return weight.clone()

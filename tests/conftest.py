@@ -1,14 +1,28 @@
 """Fixtures and defaults of all tests.
 
 `backend` runs a test once for each backend: "reference" and "native", or "triton" where TRITON_INTERPRET=1 is set; the
-environment variable LMF_TEST_BACKENDS (names with commas) chooses others.
+environment variable LMF_TEST_BACKENDS (names with commas) chooses others. HYPOTHESIS_PROFILE chooses how many examples
+the property tests try.
 """
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
-from checks import BACKENDS
+from checks import BACKENDS, INTERPRETED
+from hypothesis import HealthCheck, settings
+
+# The fixture `backend` is a string, which no example changes; drawing tensors is slow for hypothesis' taste.
+_CALM = settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], print_blob=True
+)
+settings.register_profile("quick", _CALM, max_examples=40, derandomize=True)
+settings.register_profile("ci", _CALM, max_examples=200, derandomize=True)
+settings.register_profile("nightly", _CALM, max_examples=2500)
+settings.register_profile("interpreter", _CALM, max_examples=4, derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "interpreter" if INTERPRETED else "quick"))
 
 
 @pytest.fixture(params=BACKENDS)

@@ -52,3 +52,24 @@ def test_threads_change_no_bit(shape, reduction):
     for loss, grad in results[1:]:
         assert torch.equal(loss, results[0][0])
         assert torch.equal(grad, results[0][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("class_first", [False, True])
+def test_tails_of_every_size(dtype, class_first):
+    """Tiles and vectors that end anywhere, in memory that ends with them: `make sanitize` sees a step beyond it."""
+    generator = torch.Generator().manual_seed(0)
+    for classes in range(1, 35):
+        whole, labels = torch.randn(66, classes, generator=generator).to(dtype), torch.arange(66) % classes
+        want = _loss_and_gradient(whole, labels)
+        for rows in (*range(1, 34), 63, 64, 65):
+            z = whole[:rows].t().clone().t() if class_first else whole[:rows].clone()
+            loss, grad = _loss_and_gradient(z, labels[:rows])
+            torch.testing.assert_close(loss, want[0][:rows], rtol=2e-5, atol=1e-30)
+            torch.testing.assert_close(grad, want[1][:rows])
+
+
+def _loss_and_gradient(z, y):
+    z = z.detach().requires_grad_()
+    loss = lmf_loss(z, y, reduction="none", backend="native")
+    return loss.detach(), torch.autograd.grad(loss, z, torch.ones_like(loss))[0]

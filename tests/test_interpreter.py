@@ -21,6 +21,8 @@ FILES = (  # the longest first
     "test_reductions.py",
     "test_errors.py",
     "test_ops.py",
+    "test_properties.py",
+    "test_fuzz.py",
 )
 
 

@@ -177,3 +177,11 @@ def test_many_rows_sum_accurately(backend):
     loss = lmf_loss(z, torch.zeros(rows, dtype=torch.long), reduction="sum", backend=backend)
     one, _ = expected(z[:1], torch.zeros(1, dtype=torch.long), reduction="sum")
     assert_exact(loss, one * rows)
+
+
+@pytest.mark.parametrize("coefficients", [(1e-203, 1.0), (1.0, 1e-203), (1e-203, 0.0)])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_coefficient_below_float32(coefficients, reduction, backend):
+    """Kernels compute in float32, where it is 0 and its term not evaluated: its denominator must not count either."""
+    z, y = torch.randn(9, 4), torch.randint(0, 4, (9,))
+    check(z, y, backend, alpha=coefficients[0], beta=coefficients[1], reduction=reduction, s=1.0)
