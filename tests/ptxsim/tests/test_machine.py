@@ -535,6 +535,15 @@ def test_bank_conflicts():
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse", "random"])
+def test_only_the_given_ctas_run(order):
+    dev = Device()
+    o = dev.array(np.zeros(5, np.uint32))
+    stats = run("""mov.u32 %r1, %ctaid.x; mov.u32 %r2, %nctaid.x; mad.wide.u32 %d1, %r1, 4, %d60;
+        add.u32 %r3, %r1, %r2; st.global.u32 [%d1], %r3;""", [o], 5, 1, dev=dev, order=order, ctas=[1, 4])
+    assert list(o.numpy()) == [0, 6, 0, 0, 9] and stats.ctas == 2
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "random"])
 @pytest.mark.parametrize("batch", [32, 256, 1 << 16])
 def test_batches_and_order(order, batch):
     dev = Device()
