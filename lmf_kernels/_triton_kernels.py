@@ -483,7 +483,7 @@ def backward_kernel(
         grad_y = tl.gather(grad_y, local, 0)
         logits += first
         grad_logits += first
-        left = rows * TILE.C - first
+        left = rows.to(tl.int64) * TILE.C - first
         if left >= L * TILE.K:
             grad = _gradient(tl.load(logits + i), m, k1, k2, is_target, grad_y, s, TERMS)
             tl.store(grad_logits + i, grad)
