@@ -79,16 +79,19 @@ _library.impl("triton_forward", _triton_forward, "CompositeExplicitAutograd")
 _library.impl("triton_backward", _triton_backward, "CompositeExplicitAutograd")
 
 
+_PLAIN = frozenset({Tensor, float, int, type(None)})
+
+
 def _shortest(op: Callable[..., Any], implementation: Callable[..., Any]) -> Callable[..., Any]:
     """The op for eager mode, without its own autograd step, which is the Functions'.
 
     On plain tensors that is its implementation: the dispatcher would double the host's time. Whoever listens to the
-    dispatcher (fake tensors, modes, torch.func) still sees the op.
+    dispatcher (fake tensors, modes, torch.func) still sees the op, and lazily negated tensors need it.
     """
 
     def call(*arguments: Any) -> Any:
-        plain = type(arguments[0]) is Tensor and type(arguments[1]) is Tensor
-        if plain and not (torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()):
+        watched = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+        if not watched and all(type(a) in _PLAIN and not (type(a) is Tensor and a.is_neg()) for a in arguments):
             return implementation(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
