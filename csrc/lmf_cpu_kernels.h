@@ -19,6 +19,7 @@ namespace LMF_ISA {
 
 constexpr int kRowChunk = kTileRows * kTileClasses;  // logits of one row staged at a time
 constexpr int32_t kIgnored = -1;
+constexpr int kComparedClasses = 16;  // up to which each class asks all rows whether it is their target
 
 // Which exponentials eq. 1 needs: those of both scales, or of one (s = 1, alpha = 0 or beta = 0).
 struct Exponentials {
@@ -87,17 +88,32 @@ void tile_statistics(const ForwardArguments& p, Scale<A> s, int64_t row, int64_t
   for (int64_t first = 0; first < p.classes; first += chunk_size) {
     const int64_t chunk = p.classes - first < chunk_size ? p.classes - first : chunk_size;
     stage_tile(tile, first, chunk, staged);
-    for (int64_t lane = 0; lane < count; lane++) {
+    const bool compared = p.classes <= kComparedClasses;
+    for (int64_t lane = 0; lane < count && !compared; lane++) {
       const int64_t j = rows.y[lane] - first;
       if (j < 0 || j >= chunk) continue;
       rows.z_y[lane] = staged[j * kTileRows + lane];
       staged[j * kTileRows + lane] = -infinity<A>();
     }
     for (int64_t lane = 0; lane < count; lane += M::kLanes) {
-      const A* competitors = staged + lane;
+      A* const competitors = staged + lane;
       const V m = first ? load(&rows.m[lane]) : M::of(-infinity<A>());
       V next = m;
-      for (int64_t j = 0; j < chunk; j++) next = M::max(load(competitors + j * kTileRows), next);
+      if (compared) {
+        const typename M::Mask y = M::load_labels(&rows.y[lane]);
+        V z_y = M::of(0);
+        for (int64_t j = 0; j < chunk; j++) {
+          const V z = load(competitors + j * kTileRows);
+          const typename M::Mask is_target = y == typename M::Mask{} + int32_t(j);
+          const V competitor = M::select(is_target, M::of(-infinity<A>()), z);
+          z_y = M::select(is_target, z, z_y);
+          next = M::max(competitor, next);
+          store(competitors + j * kTileRows, competitor);
+        }
+        store(&rows.z_y[lane], z_y);
+      } else {
+        for (int64_t j = 0; j < chunk; j++) next = M::max(load(competitors + j * kTileRows), next);
+      }
       const V anchor = M::select(next == M::of(-infinity<A>()), M::of(0), next);
       Sums<M, both> sums;
       if (first) {
@@ -178,9 +194,44 @@ inline void accumulate(double* sums, V values) {
   for (int lane = 0; lane < int(sizeof(V) / sizeof(values[0])); lane++) sums[lane] += double(values[lane]);
 }
 
+// Margins or class weights by label; a table that is not there holds `absent`.
 template <typename A>
-void finish_rows(const ForwardArguments& p, const Options<A>& o, int64_t row, int64_t count, Rows<A>& rows,
-                 LaneSums<A>& sums) {
+class Lookup {
+  using M = VectorMath<A>;
+  using V = typename M::Value;
+
+ public:
+  Lookup(const void* table, int64_t classes, A absent) : table_(static_cast<const A*>(table)) {
+    A values[2 * M::kLanes];
+    for (A& value : values) value = absent;
+    in_registers_ = !table || classes <= M::kRegisterTable;
+    for (int64_t j = 0; table && in_registers_ && j < classes; j++) values[j] = table_[j];
+    low_ = load(values);
+    high_ = load(values + M::kLanes);
+  }
+  inline V operator()(typename M::Mask y) const {
+    if (!table_) return low_;
+    return in_registers_ ? M::permute(low_, high_, y) : M::gather(table_, y);
+  }
+
+ private:
+  const A* table_;
+  bool in_registers_;
+  V low_, high_;
+};
+
+template <typename A>
+struct Tables {
+  Lookup<A> margins, ldam_weight, focal_weight;
+  explicit Tables(const ForwardArguments& p)
+      : margins(p.margins, p.classes, 0),
+        ldam_weight(p.ldam_weight, p.classes, 1),
+        focal_weight(p.focal_weight, p.classes, 1) {}
+};
+
+template <typename A>
+void finish_rows(const ForwardArguments& p, const Options<A>& o, const Tables<A>& tables, int64_t row, int64_t count,
+                 Rows<A>& rows, LaneSums<A>& sums) {
   using M = VectorMath<A>;
   using W = WideMath<M>;
   static_assert(kTileRows % W::kLanes == 0);
@@ -189,11 +240,8 @@ void finish_rows(const ForwardArguments& p, const Options<A>& o, int64_t row, in
   for (int64_t first = 0; first < count; first += W::kLanes) {
     const auto y = each([&](int i) { return M::load_labels(&rows.y[first + i * M::kLanes]); });
     const auto ignored = each([&](int i) { return y.v[i] < 0; });
-    const auto look_up = [&](const void* table, A absent) {
-      return each([&](int i) {
-        if (!table) return M::of(absent);
-        return M::gather(static_cast<const A*>(table), ignored.v[i] ? y.v[i] - y.v[i] : y.v[i]);
-      });
+    const auto look_up = [&](const Lookup<A>& table) {
+      return each([&](int i) { return table(ignored.v[i] ? y.v[i] - y.v[i] : y.v[i]); });
     };
     const auto m = load_wide(&rows.m[first]);
     const auto anchor = W::select(m == W::of(-infinity<A>()), zero, m);
@@ -201,12 +249,12 @@ void finish_rows(const ForwardArguments& p, const Options<A>& o, int64_t row, in
                                       load_wide(&rows.z_y[first])};
     Term<W> focal = {zero, zero, zero}, ldam = focal;
     if (o.beta != 0) {
-      focal = focal_term<W>(statistics, ignored, look_up(p.focal_weight, 1), o);
+      focal = focal_term<W>(statistics, ignored, look_up(tables.focal_weight), o);
       accumulate(sums.focal, sum_parts(focal.loss));
     }
     if (o.alpha != 0) {
-      const auto w_ldam = look_up(p.ldam_weight, 1);
-      ldam = ldam_term<W>(statistics, ignored, look_up(p.margins, 0), w_ldam, o);
+      const auto w_ldam = look_up(tables.ldam_weight);
+      ldam = ldam_term<W>(statistics, ignored, look_up(tables.margins), w_ldam, o);
       accumulate(sums.ldam, sum_parts(ldam.loss));
       accumulate(sums.weight, sum_parts(W::select(ignored, zero, w_ldam)));
     }
@@ -242,6 +290,7 @@ void read_labels(const ForwardArguments& p, int64_t row, int64_t count, Rows<A>&
 template <typename T, typename A, bool both>
 void forward_rows(const ForwardArguments& p, Scale<A> scale, int64_t begin, int64_t end, Partial& partial) {
   const Options<A> options = {A(p.alpha), A(p.beta), A(p.gamma), A(p.s)};
+  const Tables<A> tables(p);
   const bool row_walk = use_row_walk(p);
   alignas(64) A staged[kTileRows * kTileClasses];
   Rows<A> rows = {};
@@ -257,7 +306,7 @@ void forward_rows(const ForwardArguments& p, Scale<A> scale, int64_t begin, int6
     } else {
       tile_statistics<T, A, both>(p, scale, row, count, staged, rows);
     }
-    finish_rows(p, options, row, count, rows, sums);
+    finish_rows(p, options, tables, row, count, rows, sums);
     row += count;
   }
   sums.add_to(partial);
@@ -328,20 +377,29 @@ void tile_gradient(const BackwardArguments& p, Scale<A> s, int64_t row, int64_t 
   const Tile<const T> logits(static_cast<const T*>(p.logits), p.logits_end, p.strides, p, row, count);
   const Tile<T> grad(static_cast<T*>(p.grad_logits), nullptr, p.grad_strides, p, row, count);
   const int64_t chunk_size = balanced_chunk(p.classes);
+  const bool compared = p.classes <= kComparedClasses;
+  int32_t y[kTileRows];
+  for (int64_t lane = 0; lane < count; lane++) {
+    const int64_t label = p.target[row + lane];
+    y[lane] = uint64_t(label) < uint64_t(p.classes) ? int32_t(label) : kIgnored;
+  }
   for (int64_t first = 0; first < p.classes; first += chunk_size) {
     const int64_t chunk = p.classes - first < chunk_size ? p.classes - first : chunk_size;
     stage_tile(logits, first, chunk, staged);
     for (int64_t lane = 0; lane < count; lane += M::kLanes) {
       const V m = load(&c.m[lane]), rc1 = load(&c.rc1[lane]), rc2 = load(&c.rc2[lane]);
-      const typename M::Mask silent = load(&c.live[lane]) == M::of(0);
+      const V at_target = load(&c.at_target[lane]);
+      const typename M::Mask silent = load(&c.live[lane]) == M::of(0), target = M::load_labels(&y[lane]);
       for (int64_t j = 0; j < chunk; j++) {
         A* const z = staged + j * kTileRows + lane;
-        store(z, M::select(silent, M::of(0), competitor_gradient<M, both>(load(z) - m, rc1, rc2, s)));
+        V grad = competitor_gradient<M, both>(load(z) - m, rc1, rc2, s);
+        if (compared) grad = M::select(target == typename M::Mask{} + int32_t(j), at_target, grad);
+        store(z, M::select(silent, M::of(0), grad));
       }
     }
-    for (int64_t lane = 0; lane < count; lane++) {
-      const int64_t j = p.target[row + lane] - first;
-      if (c.live[lane] != 0 && j >= 0 && j < chunk) staged[j * kTileRows + lane] = c.at_target[lane];
+    for (int64_t lane = 0; lane < count && !compared; lane++) {
+      const int64_t j = y[lane] - first;
+      if (y[lane] >= 0 && c.live[lane] != 0 && j >= 0 && j < chunk) staged[j * kTileRows + lane] = c.at_target[lane];
     }
     write_tile(grad, first, chunk, staged);
   }

@@ -112,29 +112,54 @@ struct VectorMath<float> {
 #endif
   }
 
+  // A table of at most kRegisterTable values in two registers: one instruction where a gather takes dozens of cycles.
+#if LMF_VECTOR_BYTES == 64
+  static constexpr int kRegisterTable = 32;
+  static inline f32v permute(f32v low, f32v high, i32v index) {
+    return (f32v)_mm512_permutex2var_ps((__m512)low, (__m512i)index, (__m512)high);
+  }
+#elif LMF_VECTOR_BYTES == 32
+  static constexpr int kRegisterTable = 8;
+  static inline f32v permute(f32v low, f32v, i32v index) {
+    return (f32v)_mm256_permutevar8x32_ps((__m256)low, (__m256i)index);
+  }
+#else
+  static constexpr int kRegisterTable = 0;
+  static inline f32v permute(f32v low, f32v, i32v) { return low; }
+#endif
+
   // The factor of an exponent: exp(x, scale) is exp(s x).
   struct Scale {
-    float log2;
-    explicit Scale(float s) : log2(s * 1.44269504f) {}
+    float log2, lowest;  // s log2(e); an x from which on exp(s x) is 0
+    explicit Scale(float s) : log2(s * 1.44269504f), lowest(-150.0f / log2) {}
   };
 
   // exp(s x) for s x <= 0 to 1 ulp beside the rounding of the factor; NaN for NaN, 0 below the normal numbers.
   static inline f32v exp(f32v x, Scale scale) {
+#if LMF_VECTOR_BYTES == 64
+    const f32v bounded = max(of(scale.lowest), x);  // -inf - -inf would be NaN below
+    const f32v n = (f32v)_mm512_maskz_roundscale_ps(0xffff, (__m512)(bounded * scale.log2), _MM_FROUND_TO_NEAREST_INT);
+    const f32v p = exp2_reduced(bounded * scale.log2 - n);
+    return (f32v)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
+#else
     // Adding 1.5 * 2^23 rounds to an integer n in the low bits; the 127 on top makes them the exponent of 2^n. The
     // bounds let everything below 2^-127 end as n = -127, whose 2^n is stored as 0.
     constexpr float kRound = 12582912.0f + 127.0f;
     const f32v rounded = max(x * scale.log2 + kRound, of(kRound - 127.0f));
     const f32v n = rounded - kRound;
-    const f32v f = max(of(-1.0f), x * scale.log2 - n);  // in [-1/2, 1/2]; keeps NaN
-    // 2^f, minimax in relative error with 2^0 = 1.
+    const f32v p = exp2_reduced(max(of(-1.0f), x * scale.log2 - n));  // keeps NaN
+    return p * reinterpret_cast<f32v>(reinterpret_cast<i32v>(rounded) << 23);
+#endif
+  }
+  // 2^f for f in [-1/2, 1/2], minimax in relative error with 2^0 = 1.
+  static inline f32v exp2_reduced(f32v f) {
     f32v p = of(1.55946764e-4f);
     p = p * f + 1.34066434e-3f;
     p = p * f + 9.61769279e-3f;
     p = p * f + 5.55031039e-2f;
     p = p * f + 0.240226522f;
     p = p * f + 0.693147242f;
-    p = p * f + 1.0f;
-    return p * reinterpret_cast<f32v>(reinterpret_cast<i32v>(rounded) << 23);
+    return p * f + 1.0f;
   }
   static inline f32v exp(f32v x) { return exp(x, Scale(1.0f)); }
 
@@ -193,6 +218,8 @@ struct VectorMath<double> {
     for (int lane = 0; lane < kLanes; lane++) values[lane] = table[index[lane]];
     return values;
   }
+  static constexpr int kRegisterTable = 0;
+  static inline f64v permute(f64v low, f64v, i64v) { return low; }
 
   struct Scale {
     double s;
