@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .reference import MEAN, NONE, reference_loss
+from .row_statistics import slice_statistics, write_gradient
 
 try:
     from . import _C  # registers the native ops
@@ -54,9 +55,30 @@ def _triton_backward(*args: Any) -> Tensor:
     return _triton.backward(*args)
 
 
+def _triton_backward_in_place(*args: Any) -> None:
+    from . import _triton
+
+    _triton.backward(*args, in_place=True)
+
+
+def _triton_statistics(*args: Any) -> Tensor:
+    from . import _triton_statistics
+
+    return _triton_statistics.statistics(*args)
+
+
 _library = torch.library.Library("lmf_kernels", "FRAGMENT")
 _library.define("triton_forward" + _FORWARD_SCHEMA)
 _library.define("triton_backward" + _BACKWARD_SCHEMA)
+_library.define(
+    "triton_backward_" + _BACKWARD_SCHEMA.replace("Tensor logits", "Tensor(a!) logits")[: -len("Tensor")] + "()"
+)
+_library.define(
+    "triton_statistics(Tensor logits, Tensor target, int first_class, int ignore_index, float alpha, float beta, "
+    "float s) -> Tensor"
+)
+_library.impl("triton_backward_", _triton_backward_in_place, "CompositeExplicitAutograd")
+_library.impl("triton_statistics", _triton_statistics, "CompositeExplicitAutograd")
 _library.impl("triton_forward", _triton_forward, "CompositeExplicitAutograd")
 _library.impl("triton_backward", _triton_backward, "CompositeExplicitAutograd")
 
@@ -70,6 +92,42 @@ if _C is not None:
 
 def _fused(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return (OPS if torch.compiler.is_compiling() else EAGER)[backend]
+
+
+# ---- slices of the classes, for lmf_kernels/linear.py and class_parallel.py -----------------------------------------
+# These run inside larger ops or eager code and never meet a compiler, so they need no fake kernels.
+
+
+def statistics_op(backend: str, device: torch.device) -> Callable[..., Tensor]:
+    """(logits, target, first_class, ignore_index, alpha, beta, s) -> m, t1, t2, z_y (4, rows) over the logits' classes.
+
+    There is no CUDA C++ kernel for it: backend "native" on a GPU takes the eager one.
+    """
+    if backend == "triton":
+        return torch.ops.lmf_kernels.triton_statistics.default
+    if backend == "native" and device.type == "cpu":
+        return torch.ops.lmf_kernels.native_statistics.default
+    return slice_statistics
+
+
+def gradient_over_logits_op(backend: str, device: torch.device) -> Callable[..., None]:
+    """The backward op of a backend that writes the gradient over the logits, and takes labels outside [0, C)."""
+    if backend == "triton":
+        return torch.ops.lmf_kernels.triton_backward_.default
+    if backend == "native":
+        if device.type == "cpu":
+            return torch.ops.lmf_kernels.native_backward_.default
+        return lambda grad_output, logits, *rest: logits.copy_(EAGER["native"][1](grad_output, logits, *rest))
+    return write_gradient
+
+
+def extra_copies(backend: str, device: torch.device, dtype: torch.dtype) -> int:
+    """How many times the memory of a chunk of logits its statistics and its gradient take beyond it."""
+    if backend == "triton" or (backend == "native" and device.type == "cpu"):
+        return 0
+    # Eager temporaries in the accumulation type, and masks; native on a GPU has the second chunk of its gradient.
+    copies = 3 * (2 if dtype in (torch.float16, torch.bfloat16) else 1)
+    return copies if backend == "reference" else copies + 1
 
 
 def _fake_forward(logits: Tensor, target: Tensor, *tables_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -82,9 +82,10 @@ def backward(
     alpha: float,
     beta: float,
     s: float,
+    in_place: bool = False,
 ) -> Tensor:
-    """grad_logits in one launch, in the memory layout of logits."""
-    grad_logits = torch.empty_like(logits)
+    """grad_logits in one launch, in the memory layout of logits, or over the logits themselves."""
+    grad_logits = logits if in_place else torch.empty_like(logits)
     device = _device(logits.device)
     plan = _backward_plan(
         logits.shape, logits.stride(), grad_logits.stride(), target.stride(),
