@@ -210,6 +210,18 @@ def _missing(device: torch.device) -> str:
     return "there are no native kernels for this device"
 
 
+def check_labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raises IndexError for a bad label where looking costs no synchronisation: plain CPU tensors in eager mode."""
+    if target.device.type != "cpu" or type(target) is not Tensor or torch.compiler.is_compiling():
+        return
+    bad = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
+    if bad.any():
+        raise IndexError(
+            f"target {int(target[bad][0])} is out of bounds: labels must lie in [0, {num_classes}) "
+            f"or equal ignore_index={ignore_index}"
+        )
+
+
 class _FusedLoss(torch.autograd.Function):
     """The loss of a fused backend, differentiable in the logits."""
 
