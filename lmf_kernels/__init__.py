@@ -6,19 +6,25 @@
 LDAM, focal loss and cross-entropy are special cases of the same kernels.
 """
 
+from .class_parallel import ClassShares
 from .functional import lmf_loss
+from .linear import linear_lmf_loss
+from .linear_module import LinearLMFLoss
 from .margins import class_counts, effective_number_weights, inverse_frequency_weights, ldam_margins
 from .modules import FocalLoss, LDAMLoss, LMFLoss
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClassShares",
     "FocalLoss",
     "LDAMLoss",
     "LMFLoss",
+    "LinearLMFLoss",
     "class_counts",
     "effective_number_weights",
     "inverse_frequency_weights",
     "ldam_margins",
+    "linear_lmf_loss",
     "lmf_loss",
 ]

@@ -58,7 +58,7 @@ def _triton_backward(*args: Any) -> Tensor:
 def _triton_backward_in_place(*args: Any) -> None:
     from . import _triton
 
-    _triton.backward(*args, in_place=True)
+    _triton.backward(*args, True)
 
 
 def _triton_statistics(*args: Any) -> Tensor:

@@ -33,7 +33,8 @@ class ClassShares:
         device: where the group's backend exchanges tensors; None is the CPU.
 
     Attributes:
-        sizes: classes of each rank; `first` and `local` are this rank's first class and their number, `total` is C.
+        sizes: the classes of each rank; `first` and `local` are this `rank`'s first class and its number of classes,
+            `total` is C.
 
     Raises:
         ValueError: no rank holds a class, or this process is not in the group.
@@ -55,6 +56,7 @@ class ClassShares:
 
     def _place(self, group: "ProcessGroup", sizes: Sequence[int], rank: int) -> None:
         self.group = group
+        self.rank = rank
         self.sizes = tuple(sizes)
         self.first = sum(self.sizes[:rank])
         self.local = self.sizes[rank]
@@ -70,6 +72,9 @@ class ClassShares:
         shares = cls.__new__(cls)
         shares._place(group, _chunk_sizes(num_classes, dist.get_world_size(group)), dist.get_rank(group))
         return shares
+
+    def __deepcopy__(self, memo: Any) -> "ClassShares":
+        return self  # process groups cannot be copied, and nothing here changes
 
     def __repr__(self) -> str:
         return f"ClassShares(sizes={self.sizes}, first={self.first})"
@@ -122,7 +127,8 @@ def local_logits(input: Any, target: Any, class_group: ClassGroup | None) -> tup
     if len(placements) != 1 or not placements[0].is_shard(class_axis):
         raise ValueError(
             "DTensor input must be sharded on its class axis over a one-dimensional mesh, got placements "
-            f"{placements}: take the sub-mesh (mesh['tp']) of a larger mesh, or pass input.to_local() and class_group="
+            f"{placements}: take the sub-mesh (mesh['tp']) of a larger mesh, or pass input.to_local() "
+            "and class_group=mesh.get_group('tp')"
         )
     shares = ClassShares.even(mesh.get_group(0), input.shape[class_axis])
     return input.to_local(), target, shares
@@ -270,6 +276,7 @@ def refuse_second_derivative(name: str) -> None:
         )
 
 
+@torch.compiler.disable
 def sharded_loss(backend: str, shares: ClassShares, *arguments: Any) -> Tensor:
     """The differentiable loss of this rank's share of the logits; then the arguments of the forward ops."""
     return _ShardedLoss.apply(backend, shares, *arguments)

@@ -186,10 +186,11 @@ def check_normalizer(
     ldam, focal = _check_normalizer(normalizer, device)
     if not isinstance(ldam, Tensor) and not isinstance(focal, Tensor):
         return alpha / ldam, beta / focal, SUM, None, None  # the mean is a sum with other coefficients
-    tensors = (
-        n if isinstance(n, Tensor) else torch.full((), n, dtype=torch.float64, device=device) for n in (ldam, focal)
-    )
-    return alpha, beta, reduction, *tensors
+
+    def tensor(n: float | Tensor) -> Tensor:
+        return n if isinstance(n, Tensor) else torch.full((), n, dtype=torch.float64, device=device)
+
+    return alpha, beta, reduction, tensor(ldam), tensor(focal)
 
 
 def check_target(target: Tensor) -> Tensor:

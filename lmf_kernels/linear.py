@@ -124,9 +124,12 @@ def linear_lmf_loss(
 
     if is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):  # as F.linear there
         dtype = torch.get_autocast_dtype(device.type)
-        input, linear_weight, linear_bias = (
-            t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (input, linear_weight, linear_bias)
-        )
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+        input, linear_weight = cast(input), cast(linear_weight)
+        linear_bias = None if linear_bias is None else cast(linear_bias)
     tensors = [t for t in (input, linear_weight, linear_bias) if t is not None]
     if any(t.dtype != input.dtype for t in tensors):
         raise TypeError(
@@ -140,7 +143,8 @@ def linear_lmf_loss(
             t is not None and t.requires_grad and torch.is_grad_enabled()
             for t in (features, linear_weight, linear_bias)
         )
-        loss = _LinearLoss.apply(
+        apply = _LinearLoss.apply if shares is None else _apply_sharded
+        loss = apply(
             needs, shares, features, linear_weight, linear_bias, target, margins, ldam_weight, focal_weight,
             ldam_normalizer, focal_normalizer, float(alpha), float(beta), float(gamma), float(s), ignore_index, code,
             normalize, chosen, memory_budget or 0,
@@ -564,9 +568,8 @@ class _LinearLoss(torch.autograd.Function):
             )
         else:
             target = target - ctx.shares.first
-            gradients = _backward(
-                grad_output, features, weight, bias, target, stats, denominators, *ctx.options, ctx.needs
-            )
+            arguments = grad_output, features, weight, bias, target, stats, denominators, *ctx.options, ctx.needs
+            gradients = list(_backward(*arguments))
         results = [
             _scaled(gradient, factor, features.dtype) if need else None
             for gradient, need in zip(gradients, ctx.needs, strict=True)
@@ -577,6 +580,11 @@ class _LinearLoss(torch.autograd.Function):
             with explained("the sum-reduction of the features' gradient", ctx.shares.group):
                 dist.all_reduce(results[0], dist.ReduceOp.SUM, group=ctx.shares.group)
         return (None, None, *results, *(None,) * 15)
+
+
+@torch.compiler.disable
+def _apply_sharded(*arguments: Any) -> Tensor:
+    return _LinearLoss.apply(*arguments)
 
 
 def _gradient_scale(features: Tensor, alpha: float, beta: float, s: float, reduction: int) -> float:
