@@ -58,7 +58,8 @@ def _triton_backward(*args: Any) -> Tensor:
 def _triton_backward_in_place(*args: Any) -> None:
     from . import _triton
 
-    _triton.backward(*args, True)
+    arguments = (*args, True)
+    _triton.backward(*arguments)
 
 
 def _triton_statistics(*args: Any) -> Tensor:

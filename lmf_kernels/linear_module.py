@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +28,12 @@ class LinearLMFLoss(LMFLoss):
         cls_num_list: training samples per class, each >= 1, length C; see `class_counts`.
         bias: whether the classifier has a bias; the published cosine classifiers have none.
         normalize: cosine classifier, which s = 30 is meant for.
+        alpha, beta, gamma, max_m, s, weight, ldam_weight, focal_weight, ignore_index, reduction, backend: as `LMFLoss`.
         memory_budget: bytes for a chunk of logits and its temporaries; None is the default of `linear_lmf_loss`.
         class_group: a process group over whose ranks the classes are spread as DTensor's Shard and torch.chunk do:
             `linear` then holds this rank's rows only, drawn differently on every rank. cls_num_list, margins and class
             weights are those of all classes on every rank.
         device, dtype: of the classifier's parameters.
-        alpha, beta, gamma, max_m, s, weight, ldam_weight, focal_weight, ignore_index, reduction, backend: as `LMFLoss`.
 
     Attributes:
         linear: the classifier, an `nn.Linear` (as in torch's nn.LinearCrossEntropyLoss).
@@ -81,10 +80,22 @@ class LinearLMFLoss(LMFLoss):
         if class_group is not None and not isinstance(class_group, ClassShares):
             class_group = ClassShares.even(class_group, num_classes)
         if class_group is not None and class_group.total != num_classes:
-            raise ValueError(
-                f"cls_num_list must hold all {class_group.total} classes of class_group, got {num_classes}"
-            )
-        super().__init__(cls_num_list, class_group=class_group, **options)
+            raise ValueError(f"cls_num_list must hold the {class_group.total} classes of all ranks, got {num_classes}")
+        super().__init__(
+            cls_num_list,
+            alpha=alpha,
+            beta=beta,
+            gamma=gamma,
+            max_m=max_m,
+            s=s,
+            weight=weight,
+            ldam_weight=ldam_weight,
+            focal_weight=focal_weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            backend=backend,
+            class_group=class_group,
+        )
         self.to(device)
         self.normalize = normalize
         self.memory_budget = memory_budget
