@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .reference import MEAN, NONE, reference_loss
-from .row_statistics import slice_statistics, write_gradient
+from .row_statistics import accumulation_dtype, slice_statistics, write_gradient
 
 try:
     from . import _C  # registers the native ops
@@ -96,7 +96,14 @@ def _fused(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 # ---- slices of the classes, for lmf_kernels/linear.py and class_parallel.py -----------------------------------------
-# These run inside larger ops or eager code and never meet a compiler, so they need no fake kernels.
+# A compiler never meets these, as they run inside larger ops or eager code; their fake kernels serve memory estimates.
+for _backend in OPS:
+    torch.library.register_fake(
+        f"lmf_kernels::{_backend}_statistics",
+        lambda logits, target, *rest: logits.new_empty((4, target.numel()), dtype=accumulation_dtype(logits.dtype)),
+        lib=_library,
+    )
+    torch.library.register_fake(f"lmf_kernels::{_backend}_backward_", lambda *arguments: None, lib=_library)
 
 
 def statistics_op(backend: str, device: torch.device) -> Callable[..., Tensor]:

@@ -45,7 +45,7 @@ from .row_statistics import Hyper, accumulation_dtype, combine, no_statistics, s
 MEMORY_BUDGET = 64 << 20  # bytes for a chunk of logits and what is computed from it
 FEWEST_ROWS = 64  # of a chunk of whole rows: with fewer, matrix products wait for the weight from memory
 MOST_ROWS = 4096  # of a chunk of a part of the classes
-SLICE_BYTES = 8 << 20  # of temporaries that are as wide as the features
+SLICE_BYTES = 4 << 20  # of temporaries that are as wide as the features
 EPS = 1e-12  # as F.normalize's
 
 
@@ -302,7 +302,9 @@ class _Head:
                 total.addmm_(gradient, weight)
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of features, weight and bias, each empty where it is not needed."""
+        """Those of features, weight and bias, each empty where it is not needed; the last call."""
+        nothing = self.features.new_empty(0)
+        self.buffer = nothing
         if self.grad_weight is not None and self.norms is not None and self.inverse is not None:
             # d (W / |W|): what is left of the gradient beside W's own direction. Below EPS the norm is a constant.
             square = torch.where(self.norms > EPS, self.inverse * self.inverse, 0.0)
@@ -310,8 +312,6 @@ class _Head:
                 total, weight = self.grad_weight[part], self.weight[part].to(self.acc)
                 along = (total * weight).sum(1).mul_(square[part])
                 total.addcmul_(weight, along[:, None], value=-1)
-        self.buffer = self.buffer[:0]
-        nothing = self.features.new_empty(0)
         return (
             nothing.clone() if self.grad_features is None else self.grad_features.to(self.features.dtype),
             nothing.to(self.acc, copy=True) if self.grad_weight is None else self.grad_weight,
