@@ -305,8 +305,6 @@ def one_rank_fails() -> None:
         time.sleep(6)  # alive, but never comes to the reduction
         assert caught.type is ValueError
         assert "weight must have shape (4,) (this rank's share) or (7,)" in str(caught.value)
-            caught.value
-        )
     else:
         assert caught.type is RuntimeError and "another rank raised an error" in str(caught.value)
         assert str(caught.value).startswith("class_group: the max-reduction of the rows' largest logits failed")
