@@ -1,4 +1,4 @@
-"""The peak of the memory that torch allocates, counted by the storages that are alive; real or fake tensors."""
+"""The peak of the memory that torch allocates: from its allocator, or from the storages of fake tensors."""
 
 import weakref
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from lmf_kernels import linear
 class PeakMemory(TorchDispatchMode):
     """Inside, counts the bytes of storages that ops allocate and that are still alive; `peak` is the most there were.
 
-    What kernels allocate within themselves is not seen; lmf_kernels' own ops over chunks are opened up.
+    What an op allocates within itself is not seen.
     """
 
     def __init__(self) -> None:
@@ -25,12 +25,6 @@ class PeakMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
     ) -> Any:
-        if function is torch.ops.lmf_kernels.linear_forward.default:
-            with self:
-                return linear._forward(None, *arguments)
-        if function is torch.ops.lmf_kernels.linear_backward.default:
-            with self:
-                return linear._backward(*arguments)
         given = {t.untyped_storage()._cdata for t in tree_leaves((arguments, keywords)) if isinstance(t, torch.Tensor)}
         results = function(*arguments, **(keywords or {}))
         for tensor in tree_leaves(results):
@@ -58,6 +52,26 @@ def peak_of(step: Callable[[], Any]) -> int:
         results = step()
     del results
     return memory.peak
+
+
+def allocated_peak(step: Callable[[], Any], device: torch.device) -> int:
+    """The bytes that torch's allocator hands out at a step's peak, kernels' own temporaries and results included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        results = step()
+    del results
+    now = peak = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
 
 
 def linear_step_extra(

@@ -45,7 +45,9 @@ from .row_statistics import Hyper, accumulation_dtype, combine, no_statistics, s
 MEMORY_BUDGET = 64 << 20  # bytes for a chunk of logits and what is computed from it
 FEWEST_ROWS = 64  # of a chunk of whole rows: with fewer, matrix products wait for the weight from memory
 MOST_ROWS = 4096  # of a chunk of a part of the classes
-SLICE_BYTES = 4 << 20  # of temporaries that are as wide as the features
+# Bytes of temporaries that are as wide as the features. Larger on GPUs, where each product is a launch; on CPUs mixed
+# dtypes in one operation cost a hidden copy in the wider one.
+CPU_SLICE, GPU_SLICE = 2 << 20, 16 << 20
 EPS = 1e-12  # as F.normalize's
 
 
@@ -236,7 +238,8 @@ class _Head:
         self.acc = accumulation_dtype(features.dtype)
         self.whole_rows = plan.classes >= weight.shape[0]
         self.buffer = features.new_empty(min(plan.rows, len(features)) * min(plan.classes, len(weight)))
-        self.width = max(1, SLICE_BYTES // (weight.element_size() * max(weight.shape[1], 1)))  # classes of a slice
+        self.slice_bytes = CPU_SLICE if features.device.type == "cpu" else GPU_SLICE
+        self.width = max(1, self.slice_bytes // (weight.element_size() * max(weight.shape[1], 1)))  # classes of a slice
         self.norms = self.inverse = None
         if normalize:
             self.norms = weight.new_empty(len(weight), dtype=self.acc)
@@ -274,7 +277,7 @@ class _Head:
         """Divides the columns by the norms of the weights; a slice at a time where that takes a wider copy."""
         assert self.inverse is not None
         inverse = self.inverse[classes]
-        step = max(1, SLICE_BYTES // (4 * max(len(logits), 1))) if self.half else len(inverse)
+        step = max(1, self.slice_bytes // (4 * max(len(logits), 1))) if self.half else len(inverse)
         for part in _steps(len(inverse), step):
             logits[:, part].mul_(inverse[part])
 
@@ -371,6 +374,7 @@ def _forward(
             if logits is not None and logits.numel() < len(features) * num_classes:
                 logits = None  # of the last chunk alone
             _second_pass(head, logits, outer, target - first_class, stats, denominators, hyper, backend)
+        del logits  # and the chunk's memory, before the last temporaries
         return loss, stats, denominators, *head.gradients()
 
 
@@ -403,6 +407,7 @@ def _one_pass(
         if any(head.needs):
             backward(outer, logits, labels, stats, denominators, alpha, beta, s)
             head.take(logits, rows, everything)
+    del logits  # and the chunk's memory, before the last temporaries
     total = torch.cat(losses) if reduction == NONE else torch.stack(losses).sum()
     return total, torch.cat(all_stats, 1), denominators, *head.gradients()
 
@@ -452,6 +457,7 @@ def _second_pass(
         labels, of_rows = target[rows] - classes.start, stats[:, rows].contiguous()
         backward(grad_output, chunk, labels, of_rows, denominators, hyper.alpha, hyper.beta, hyper.s)
         head.take(chunk, rows, classes)
+        del chunk
 
 
 def _backward(
@@ -607,6 +613,6 @@ def _scaled(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tens
         return gradient if factor is None else gradient.mul_(factor)
     result = torch.empty_like(gradient, dtype=dtype)
     row = max(1, gradient[:1].numel()) * gradient.element_size()
-    for part in _steps(len(gradient), SLICE_BYTES // row):
+    for part in _steps(len(gradient), GPU_SLICE // row):
         result[part] = gradient[part] if factor is None else gradient[part] * factor
     return result

@@ -296,23 +296,12 @@ def test_errors(change, error, message):
         linear_lmf_loss(**{**arguments, **change})
 
 
-SLOW = pytest.mark.slow
-
-
 @CPU_ONLY
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(
-    ("backend", "device", "normalize"),
-    [
-        ("native", "cpu", True),
-        *(
-            pytest.param(*case, marks=SLOW)
-            for case in (
-                ("native", "cpu", False), ("reference", "cpu", False), ("reference", "cpu", True),
-                ("triton", "cuda", False), ("triton", "cuda", True), ("native", "cuda", False), ("native", "cuda", True),
-            )
-        ),
-    ],
-)  # fmt: skip
+    ("backend", "device"), [("native", "cpu"), ("reference", "cpu"), ("triton", "cuda"), ("native", "cuda")]
+)
+@pytest.mark.slow
 def test_peak_memory(backend, device, normalize):
     """Under 5% of the logits' memory beyond inputs, gradients and accumulator, from fake tensors."""
     from peak_memory import linear_step_extra
@@ -324,10 +313,10 @@ def test_peak_memory(backend, device, normalize):
 
 @CPU_ONLY
 def test_peak_memory_of_a_real_step():
-    """The same count on real tensors, of forward and backward, is what the fake ones say."""
-    from peak_memory import linear_step_extra, peak_of
+    """What the allocator hands out in forward and backward is what fake tensors say."""
+    from peak_memory import allocated_peak, linear_step_extra
 
-    rows, features, classes = 512, 32, 8192
+    rows, features, classes = 512, 64, 65536
     x, w, _, y, _ = problem(rows, features, classes, torch.bfloat16, bias=False)
     inputs = [t.requires_grad_() for t in (x, w)]
     budget = 128 * classes * 2
@@ -336,12 +325,11 @@ def test_peak_memory_of_a_real_step():
         loss = linear_lmf_loss(*inputs, y, memory_budget=budget)
         return list(torch.autograd.grad(loss, inputs))
 
-    gradients = 2 * (x.numel() + w.numel())
-    accumulator = 4 * w.numel()
-    extra = peak_of(step) - gradients - accumulator
-    assert budget <= extra + gradients < 1.5 * budget + gradients
+    step()
+    accounted = 2 * x.numel() + 4 * w.numel()
+    extra = allocated_peak(step, x.device) - accounted
     said = linear_step_extra(rows, features, classes, torch.bfloat16, "native", x.device, memory_budget=budget)
-    assert abs(said - extra) < 0.3 * budget
+    assert budget <= extra < 1.6 * budget and said == pytest.approx(extra, rel=0.3), (extra, said, budget)
 
 
 # ---- the module -----------------------------------------------------------------------------------------------------
