@@ -205,7 +205,7 @@ def test_only_needed_gradients_are_computed():
 @CPU_ONLY
 def test_float16_gradients_survive_a_loss_scale():
     """Without an own scale, gradients of a mean over many rows would underflow before the loss's scale reaches them."""
-    x, w, _, y, _ = problem(4096, 4, 50, torch.float16, bias=False)
+    x, w, _, y, _ = problem(4096, 4, 6000, torch.float16, bias=False)
     y = y.clamp(min=0)
     inputs = [(t * 0.1).requires_grad_() for t in (x, w)]
     scale = 2.0**16
