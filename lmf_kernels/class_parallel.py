@@ -88,6 +88,10 @@ _known: "weakref.WeakKeyDictionary[Any, ClassShares]" = weakref.WeakKeyDictionar
 
 def shares_of(class_group: ClassGroup, num_local: int, device: torch.device) -> ClassShares:
     """The shares behind the option `class_group`, for a rank that holds `num_local` classes."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "class_group cannot be compiled: keep the loss out of torch.compile, with torch.compiler.disable"
+        )
     if isinstance(class_group, ClassShares):
         shares = class_group
     else:

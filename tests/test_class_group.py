@@ -215,8 +215,10 @@ def compare_modules() -> None:
     torch.testing.assert_close(head(x, y), single(x, y), rtol=1e-5, atol=0)
     torch.testing.assert_close(head.logits(x), single.logits(x)[:, mine])
 
+    compiled = torch.compile(lambda z: lmf_loss(2 * z, y, class_group=group), backend="eager")
+    torch.testing.assert_close(compiled(z[:, mine]), lmf_loss(2 * z, y), rtol=1e-5, atol=0)
+
     # Several heads over one group: the function keeps the first one's shares, ClassShares are explicit.
-    lmf_loss(z[:, mine], y, class_group=group)
     other = torch.randn(4, 2)
     with pytest.raises(ValueError, match=r"class_group gives this rank . classes \(of \(4, 3\)\), got 2"):
         lmf_loss(other, torch.tensor([0, 1, 2, 3]), class_group=group)
