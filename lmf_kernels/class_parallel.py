@@ -88,10 +88,7 @@ _known: "weakref.WeakKeyDictionary[Any, ClassShares]" = weakref.WeakKeyDictionar
 
 def shares_of(class_group: ClassGroup, num_local: int, device: torch.device) -> ClassShares:
     """The shares behind the option `class_group`, for a rank that holds `num_local` classes."""
-    if torch.compiler.is_compiling():
-        raise RuntimeError(
-            "class_group cannot be compiled: keep the loss out of torch.compile, with torch.compiler.disable"
-        )
+    _refuse_compilation()
     if isinstance(class_group, ClassShares):
         shares = class_group
     else:
@@ -110,6 +107,15 @@ def shares_of(class_group: ClassGroup, num_local: int, device: torch.device) -> 
     return shares
 
 
+def _refuse_compilation() -> None:
+    """Unless the whole graph is asked for, torch.compile then leaves the loss out of it."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "classes spread over ranks cannot be compiled: keep the loss out of torch.compile, with "
+            "torch.compiler.disable"
+        )
+
+
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor, without importing that module."""
     module = sys.modules.get("torch.distributed.tensor")
@@ -120,6 +126,7 @@ def local_logits(input: Any, target: Any, class_group: ClassGroup | None) -> tup
     """The local logits and target of DTensor logits that are sharded on the class axis, and their shares."""
     from torch.distributed.tensor import Replicate
 
+    _refuse_compilation()
     if class_group is not None:
         raise ValueError("class_group must be None for DTensor input, whose device mesh says where the classes are")
     mesh, placements = input.device_mesh, input.placements
@@ -280,7 +287,6 @@ def refuse_second_derivative(name: str) -> None:
         )
 
 
-@torch.compiler.disable
 def sharded_loss(backend: str, shares: ClassShares, *arguments: Any) -> Tensor:
     """The differentiable loss of this rank's share of the logits; then the arguments of the forward ops."""
     return _ShardedLoss.apply(backend, shares, *arguments)

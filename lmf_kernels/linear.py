@@ -145,8 +145,7 @@ def linear_lmf_loss(
             t is not None and t.requires_grad and torch.is_grad_enabled()
             for t in (features, linear_weight, linear_bias)
         )
-        apply = _LinearLoss.apply if shares is None else _apply_sharded
-        loss = apply(
+        loss = _LinearLoss.apply(
             needs, shares, features, linear_weight, linear_bias, target, margins, ldam_weight, focal_weight,
             ldam_normalizer, focal_normalizer, float(alpha), float(beta), float(gamma), float(s), ignore_index, code,
             normalize, chosen, memory_budget or 0,
@@ -586,11 +585,6 @@ class _LinearLoss(torch.autograd.Function):
             with explained("the sum-reduction of the features' gradient", ctx.shares.group):
                 dist.all_reduce(results[0], dist.ReduceOp.SUM, group=ctx.shares.group)
         return (None, None, *results, *(None,) * 15)
-
-
-@torch.compiler.disable
-def _apply_sharded(*arguments: Any) -> Tensor:
-    return _LinearLoss.apply(*arguments)
 
 
 def _gradient_scale(features: Tensor, alpha: float, beta: float, s: float, reduction: int) -> float:
