@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable imports the compiler, and Triton with it
 
 from ._ops import EAGER, gradient_over_logits_op, statistics_op
 from .row_statistics import Hyper, RowTables, finish, no_statistics, relative_to
@@ -41,6 +42,7 @@ class ClassShares:
         RuntimeError: the exchange failed; see the message for the likely reasons.
     """
 
+    @_disable_dynamo
     def __init__(self, group: "ProcessGroup", num_local: int, device: torch.device | None = None) -> None:
         import torch.distributed as dist
 
@@ -287,6 +289,7 @@ def refuse_second_derivative(name: str) -> None:
         )
 
 
+@_disable_dynamo
 def sharded_loss(backend: str, shares: ClassShares, *arguments: Any) -> Tensor:
     """The differentiable loss of this rank's share of the logits; then the arguments of the forward ops."""
     return _ShardedLoss.apply(backend, shares, *arguments)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.amp.autocast_mode import is_autocast_available
 
 from ._ops import EAGER, check_labels, extra_copies, gradient_over_logits_op, select_backend, statistics_op
@@ -145,7 +146,8 @@ def linear_lmf_loss(
             t is not None and t.requires_grad and torch.is_grad_enabled()
             for t in (features, linear_weight, linear_bias)
         )
-        loss = _LinearLoss.apply(
+        apply = _LinearLoss.apply if shares is None else _apply_sharded
+        loss = apply(
             needs, shares, features, linear_weight, linear_bias, target, margins, ldam_weight, focal_weight,
             ldam_normalizer, focal_normalizer, float(alpha), float(beta), float(gamma), float(s), ignore_index, code,
             normalize, chosen, memory_budget or 0,
@@ -585,6 +587,11 @@ class _LinearLoss(torch.autograd.Function):
             with explained("the sum-reduction of the features' gradient", ctx.shares.group):
                 dist.all_reduce(results[0], dist.ReduceOp.SUM, group=ctx.shares.group)
         return (None, None, *results, *(None,) * 15)
+
+
+@_disable_dynamo
+def _apply_sharded(*arguments: Any) -> Tensor:
+    return _LinearLoss.apply(*arguments)
 
 
 def _gradient_scale(features: Tensor, alpha: float, beta: float, s: float, reduction: int) -> float:
