@@ -63,6 +63,12 @@ def train(options: argparse.Namespace) -> None:
                 print(f"step {step}: loss {loss.item():.3f}, accuracy {right:.3f}", flush=True)
 
 
+def finish() -> None:
+    """Nobody leaves while another still talks to it."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--classes", type=int, default=100_000)
@@ -81,7 +87,7 @@ def _process(rank: int, options: argparse.Namespace, store: str) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.processes))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=options.processes)
     train(options)
-    dist.destroy_process_group()
+    finish()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -89,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "RANK" in os.environ:  # torchrun
         dist.init_process_group("gloo")
         train(options)
-        dist.destroy_process_group()
+        finish()
     else:
         with tempfile.TemporaryDirectory() as folder:
             mp.spawn(_process, (options, os.path.join(folder, "store")), options.processes)
