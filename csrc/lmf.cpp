@@ -43,7 +43,7 @@ static void check_memory(const char* name, const at::Tensor& t) {
               " bytes, but its storage holds ", t.storage().nbytes(), ": its memory was released or resized");
 }
 
-static void check_pair(const at::Tensor& logits, const at::Tensor& target) {
+void check_pair(const at::Tensor& logits, const at::Tensor& target) {
   element_of(logits);
   TORCH_CHECK_VALUE(logits.dim() >= 2 && logits.size(1) >= 1,
                     "logits must have shape (N, C, d1, ..., dk) with C >= 1, got ", logits.sizes());
@@ -195,6 +195,13 @@ TORCH_LIBRARY(lmf_kernels, m) {
   m.def(
       "native_backward(Tensor grad_output, Tensor logits, Tensor target, Tensor stats, Tensor denominators, "
       "float alpha, float beta, float s) -> Tensor");
+  // For logits that are the package's own chunks (lmf_kernels/linear.py). On the CPU alone so far.
+  m.def(
+      "native_backward_(Tensor grad_output, Tensor(a!) logits, Tensor target, Tensor stats, Tensor denominators, "
+      "float alpha, float beta, float s) -> ()");
+  m.def(
+      "native_statistics(Tensor logits, Tensor target, int first_class, int ignore_index, float alpha, float beta, "
+      "float s) -> Tensor");
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

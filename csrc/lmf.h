@@ -32,6 +32,7 @@ struct ForwardResult {
   at::Tensor loss, stats, denominators;
 };
 
+void check_pair(const at::Tensor& logits, const at::Tensor& target);
 void check_forward(const at::Tensor& logits, const at::Tensor& target, const Tables& tables, int64_t reduction);
 void check_backward(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
                     const at::Tensor& stats, const at::Tensor& denominators);

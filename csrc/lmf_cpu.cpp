@@ -3,6 +3,7 @@
 #include "lmf_cpu.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/util/SmallVector.h>
 #include <torch/library.h>
@@ -156,11 +157,11 @@ static std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_cpu(
   return {result.loss, result.stats, result.denominators};
 }
 
-static at::Tensor backward_cpu(const at::Tensor& grad_output_in, const at::Tensor& logits_in,
-                               const at::Tensor& target_in, const at::Tensor& stats, const at::Tensor& denominators,
-                               double alpha, double beta, double s) {
+// `result` may be the logits themselves: a vector of them is read before its gradient is written, and never again.
+static void write_gradient(const at::Tensor& grad_output_in, const at::Tensor& logits_in, const at::Tensor& target_in,
+                           const at::Tensor& stats, const at::Tensor& denominators, double alpha, double beta, double s,
+                           const at::Tensor& result) {
   check_backward(grad_output_in, logits_in, target_in, stats, denominators);
-  const at::Tensor result = at::empty_like(logits_in);
   auto layout = layout_of(logits_in, result);
   const bool copied = !layout;
   const at::Tensor logits = copied ? logits_in.contiguous() : logits_in;
@@ -186,6 +187,39 @@ static at::Tensor backward_cpu(const at::Tensor& grad_output_in, const at::Tenso
     kernel(p, begin, end);
   });
   if (copied) result.copy_(grad);
+}
+
+static at::Tensor backward_cpu(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
+                               const at::Tensor& stats, const at::Tensor& denominators, double alpha, double beta,
+                               double s) {
+  const at::Tensor result = at::empty_like(logits);
+  write_gradient(grad_output, logits, target, stats, denominators, alpha, beta, s, result);
+  return result;
+}
+
+static void backward_in_place_cpu(const at::Tensor& grad_output, at::Tensor& logits, const at::Tensor& target,
+                                  const at::Tensor& stats, const at::Tensor& denominators, double alpha, double beta,
+                                  double s) {
+  write_gradient(grad_output, logits, target, stats, denominators, alpha, beta, s, logits);
+}
+
+static at::Tensor statistics_cpu(const at::Tensor& logits_in, const at::Tensor& target_in, int64_t first_class,
+                                 int64_t ignore_index, double alpha, double beta, double s) {
+  check_pair(logits_in, target_in);
+  auto layout = layout_of(logits_in, logits_in);
+  const at::Tensor logits = layout ? logits_in : logits_in.contiguous();
+  if (!layout) layout = layout_of(logits, logits);
+  const at::Tensor target = target_in.contiguous();
+  const at::Tensor result = at::empty({4, target.numel()}, logits.options().dtype(accumulation_type(logits)));
+  StatisticsArguments p{};
+  fill_problem(p, logits, target, *layout, alpha, beta, 0, s);
+  p.first_class = first_class;
+  p.ignore_index = ignore_index;
+  p.statistics = result.mutable_data_ptr();
+  const auto kernel = kernels().statistics[static_cast<int>(element_of(logits))];
+  Blocks(p.rows, p.classes).parallel(p.rows, p.classes, [&](int64_t, int64_t begin, int64_t end) {
+    kernel(p, begin, end);
+  });
   return result;
 }
 
@@ -194,4 +228,6 @@ static at::Tensor backward_cpu(const at::Tensor& grad_output_in, const at::Tenso
 TORCH_LIBRARY_IMPL(lmf_kernels, CPU, m) {
   m.impl("native_forward", &lmf::forward_cpu);
   m.impl("native_backward", &lmf::backward_cpu);
+  m.impl("native_backward_", &lmf::backward_in_place_cpu);
+  m.impl("native_statistics", &lmf::statistics_cpu);
 }

@@ -32,6 +32,12 @@ struct ForwardArguments : Problem {
   void* row_loss;  // (rows), accumulation type; null unless reduction is none
 };
 
+// Statistics of rows over a slice of their classes; labels count from class 0 of the whole.
+struct StatisticsArguments : Problem {
+  int64_t first_class, ignore_index;
+  void* statistics;  // (4, rows), accumulation type: m, t1, t2, z_y; z_y = 0 where the target is not in the slice
+};
+
 struct BackwardArguments : Problem {
   const void* stats;        // (5, rows)
   const void* grad_output;  // accumulation type
@@ -53,6 +59,7 @@ struct Kernels {
   const char* name;
   void (*forward[kElements])(const ForwardArguments&, int64_t begin, int64_t end, Partial&);
   void (*backward[kElements])(const BackwardArguments&, int64_t begin, int64_t end);
+  void (*statistics[kElements])(const StatisticsArguments&, int64_t begin, int64_t end);
 };
 
 extern const Kernels kKernelsBaseline;

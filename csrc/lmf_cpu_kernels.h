@@ -80,7 +80,7 @@ struct Sums {
 
 // The tile walk: `count` rows from `row`, which one stride connects; a lane a row.
 template <typename T, typename A, bool both>
-void tile_statistics(const ForwardArguments& p, Scale<A> s, int64_t row, int64_t count, A* staged, Rows<A>& rows) {
+void tile_statistics(const Problem& p, Scale<A> s, int64_t row, int64_t count, A* staged, Rows<A>& rows) {
   using M = VectorMath<A>;
   using V = typename M::Value;
   const Tile<const T> tile(static_cast<const T*>(p.logits), p.logits_end, p.strides, p, row, count);
@@ -130,7 +130,7 @@ void tile_statistics(const ForwardArguments& p, Scale<A> s, int64_t row, int64_t
 
 // The row walk: one row of neighbouring classes; a lane a class.
 template <typename T, typename A, bool both>
-void row_statistics(const ForwardArguments& p, Scale<A> s, int64_t row, int64_t lane, A* staged, Rows<A>& rows) {
+void row_statistics(const Problem& p, Scale<A> s, int64_t row, int64_t lane, A* staged, Rows<A>& rows) {
   using M = VectorMath<A>;
   using V = typename M::Value;
   constexpr int kLanes = M::kLanes, kUnroll = 4;
@@ -169,6 +169,46 @@ void row_statistics(const ForwardArguments& p, Scale<A> s, int64_t row, int64_t 
   rows.m[lane] = m;
   rows.t1[lane] = M::sum(sums.t1);
   rows.t2[lane] = both ? M::sum(sums.t2) : rows.t1[lane];
+}
+
+// Eq. 1 alone, over a slice of the classes. Every row is walked, with or without its target in the slice.
+template <typename T, typename A, bool both>
+void statistics_rows(const StatisticsArguments& p, Scale<A> scale, int64_t begin, int64_t end) {
+  const bool row_walk = use_row_walk(p);
+  alignas(64) A staged[kTileRows * kTileClasses];
+  Rows<A> rows = {};
+  for (int64_t row = begin; row < end;) {
+    const int64_t limit = end - row < kTileRows ? end - row : kTileRows;
+    const int64_t count = row_walk ? limit : connected_rows(p, row, limit);
+    for (int64_t lane = 0; lane < count; lane++) {
+      const int64_t y = p.target[row + lane], local = y - p.first_class;
+      rows.y[lane] = y != p.ignore_index && uint64_t(local) < uint64_t(p.classes) ? int32_t(local) : kIgnored;
+      rows.z_y[lane] = 0;
+    }
+    if (row_walk) {
+      for (int64_t lane = 0; lane < count; lane++) row_statistics<T, A, both>(p, scale, row + lane, lane, staged, rows);
+    } else {
+      tile_statistics<T, A, both>(p, scale, row, count, staged, rows);
+    }
+    const A* const found[4] = {rows.m, rows.t1, rows.t2, rows.z_y};
+    for (int k = 0; k < 4; k++) {
+      A* const saved = static_cast<A*>(p.statistics) + k * p.rows + row;
+      for (int64_t lane = 0; lane < count; lane++) saved[lane] = found[k][lane];
+    }
+    row += count;
+  }
+}
+
+template <typename T>
+void statistics(const StatisticsArguments& p, int64_t begin, int64_t end) {
+  using A = typename Accumulate<T>::type;
+  const FlushSubnormals flush;
+  const Exponentials exponentials(p);
+  if (exponentials.both) {
+    statistics_rows<T, A, true>(p, Scale<A>(A(p.s)), begin, end);
+  } else {
+    statistics_rows<T, A, false>(p, Scale<A>(A(exponentials.scale)), begin, end);
+  }
 }
 
 // ---- eq. 2 to 7, a vector of rows at a time
@@ -425,7 +465,8 @@ void row_gradient(const BackwardArguments& p, Scale<A> s, int64_t row, int64_t l
   if (rest) {
     store_some(grad + whole, competitor_gradient<M, both>(load_some(z + whole, rest) - m, rc1, rc2, s), rest);
   }
-  // Forward looked at the labels, but not necessarily at these: a label changed since then must not write elsewhere.
+  // In no class here where the classes are a slice. Forward looked at the labels, but not necessarily at these: one
+  // that was changed since then must not write elsewhere.
   const int64_t y = p.target[row];
   if (uint64_t(y) < uint64_t(p.classes)) store_some(grad + y, M::of(c.at_target[lane]), 1);
 }
@@ -463,13 +504,7 @@ void backward(const BackwardArguments& p, int64_t begin, int64_t end) {
 }  // namespace LMF_ISA
 }  // namespace lmf
 
-#define LMF_KERNEL_TABLE(NAME)                                                                     \
-  {                                                                                                \
-    NAME,                                                                                          \
-        {lmf::LMF_ISA::forward<lmf::LMF_ISA::Half>, lmf::LMF_ISA::forward<lmf::LMF_ISA::BFloat16>, \
-         lmf::LMF_ISA::forward<float>, lmf::LMF_ISA::forward<double>},                             \
-    {                                                                                              \
-      lmf::LMF_ISA::backward<lmf::LMF_ISA::Half>, lmf::LMF_ISA::backward<lmf::LMF_ISA::BFloat16>,  \
-          lmf::LMF_ISA::backward<float>, lmf::LMF_ISA::backward<double>                            \
-    }                                                                                              \
-  }
+#define LMF_KERNELS_OF(FUNCTION)                                                               \
+  {lmf::LMF_ISA::FUNCTION<lmf::LMF_ISA::Half>, lmf::LMF_ISA::FUNCTION<lmf::LMF_ISA::BFloat16>, \
+   lmf::LMF_ISA::FUNCTION<float>, lmf::LMF_ISA::FUNCTION<double>}
+#define LMF_KERNEL_TABLE(NAME) {NAME, LMF_KERNELS_OF(forward), LMF_KERNELS_OF(backward), LMF_KERNELS_OF(statistics)}

@@ -6,8 +6,11 @@
 LDAM, focal loss and cross-entropy are special cases of the same kernels.
 """
 
+from .class_parallel import ClassShares
 from .distributed import global_normalizer
 from .functional import lmf_loss
+from .linear import linear_lmf_loss
+from .linear_module import LinearLMFLoss
 from .margins import class_counts, effective_number_weights, inverse_frequency_weights, ldam_margins
 from .modules import FocalLoss, LDAMLoss, LMFLoss
 from .schedules import DeferredReweighting
@@ -15,14 +18,17 @@ from .schedules import DeferredReweighting
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClassShares",
     "DeferredReweighting",
     "FocalLoss",
     "LDAMLoss",
     "LMFLoss",
+    "LinearLMFLoss",
     "class_counts",
     "effective_number_weights",
     "global_normalizer",
     "inverse_frequency_weights",
     "ldam_margins",
+    "linear_lmf_loss",
     "lmf_loss",
 ]

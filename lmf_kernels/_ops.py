@@ -25,6 +25,7 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 from ._vmap import backward_rule, forward_rule
 from .reference import MEAN, NONE, reference_loss
+from .row_statistics import accumulation_dtype, slice_statistics, write_gradient
 
 try:
     from . import _C  # registers the native ops
@@ -72,9 +73,31 @@ def _triton_backward(*args: Any) -> Tensor:
     return _triton_module().backward(*args)
 
 
+def _triton_backward_in_place(*args: Any) -> None:
+    arguments = (*args, True)
+    _triton_module().backward(*arguments)
+
+
+def _triton_statistics(*args: Any) -> Tensor:
+    if not HAS_TRITON:
+        raise RuntimeError(_NO_TRITON)
+    from . import _triton_statistics
+
+    return _triton_statistics.statistics(*args)
+
+
 _library = torch.library.Library("lmf_kernels", "FRAGMENT")
 _library.define("triton_forward" + _FORWARD_SCHEMA)
 _library.define("triton_backward" + _BACKWARD_SCHEMA)
+_library.define(
+    "triton_backward_" + _BACKWARD_SCHEMA.replace("Tensor logits", "Tensor(a!) logits")[: -len("Tensor")] + "()"
+)
+_library.define(
+    "triton_statistics(Tensor logits, Tensor target, int first_class, int ignore_index, float alpha, float beta, "
+    "float s) -> Tensor"
+)
+_library.impl("triton_backward_", _triton_backward_in_place, "CompositeExplicitAutograd")
+_library.impl("triton_statistics", _triton_statistics, "CompositeExplicitAutograd")
 _library.impl("triton_forward", _triton_forward, "CompositeExplicitAutograd")
 _library.impl("triton_backward", _triton_backward, "CompositeExplicitAutograd")
 
@@ -113,6 +136,49 @@ if _C is not None:
 
 def _fused(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return (OPS if torch.compiler.is_compiling() else EAGER)[backend]
+
+
+# ---- slices of the classes, for lmf_kernels/linear.py and class_parallel.py -----------------------------------------
+# A compiler never meets these, as they run inside larger ops or eager code; their fake kernels serve memory estimates.
+for _backend in OPS:
+    torch.library.register_fake(
+        f"lmf_kernels::{_backend}_statistics",
+        lambda logits, target, *rest: logits.new_empty((4, target.numel()), dtype=accumulation_dtype(logits.dtype)),
+        lib=_library,
+    )
+    torch.library.register_fake(f"lmf_kernels::{_backend}_backward_", lambda *arguments: None, lib=_library)
+
+
+def statistics_op(backend: str, device: torch.device) -> Callable[..., Tensor]:
+    """(logits, target, first_class, ignore_index, alpha, beta, s) -> m, t1, t2, z_y (4, rows) over the logits' classes.
+
+    There is no CUDA C++ kernel for it: backend "native" on a GPU takes the eager one.
+    """
+    if backend == "triton":
+        return torch.ops.lmf_kernels.triton_statistics.default
+    if backend == "native" and device.type == "cpu":
+        return torch.ops.lmf_kernels.native_statistics.default
+    return slice_statistics
+
+
+def gradient_over_logits_op(backend: str, device: torch.device) -> Callable[..., None]:
+    """The backward op of a backend that writes the gradient over the logits, and takes labels outside [0, C)."""
+    if backend == "triton":
+        return torch.ops.lmf_kernels.triton_backward_.default
+    if backend == "native":
+        if device.type == "cpu":
+            return torch.ops.lmf_kernels.native_backward_.default
+        return lambda grad_output, logits, *rest: logits.copy_(EAGER["native"][1](grad_output, logits, *rest))
+    return write_gradient
+
+
+def extra_copies(backend: str, device: torch.device, dtype: torch.dtype) -> int:
+    """How many times the memory of a chunk of logits its statistics and its gradient take beyond it."""
+    if backend == "triton" or (backend == "native" and device.type == "cpu"):
+        return 0
+    # Eager temporaries in the accumulation type, and masks; native on a GPU has the second chunk of its gradient.
+    copies = 3 * (2 if dtype in (torch.float16, torch.bfloat16) else 1)
+    return copies if backend == "reference" else copies + 1
 
 
 def _fake_forward(logits: Tensor, target: Tensor, *tables_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,6 +306,20 @@ def _missing(device: torch.device) -> str:
     if device.type == "cuda":
         return "the extension was built without CUDA; install triton, or the CUDA toolkit and reinstall lmf_kernels"
     return "there are no native kernels for this device"
+
+
+def check_labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raises IndexError for a bad label where looking costs no synchronisation: plain CPU tensors in eager mode."""
+    if target.device.type != "cpu" or type(target) is not Tensor or torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():  # a label under torch.vmap has no one value
+        return
+    bad = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
+    if bad.any():
+        raise IndexError(
+            f"target {int(target[bad][0])} is out of bounds: labels must lie in [0, {num_classes}) "
+            f"or equal ignore_index={ignore_index}"
+        )
 
 
 class _FusedLoss(torch.autograd.Function):

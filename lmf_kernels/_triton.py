@@ -81,9 +81,10 @@ def backward(
     alpha: float,
     beta: float,
     s: float,
+    in_place: bool = False,
 ) -> Tensor:
-    """grad_logits in one launch, in the memory layout of logits."""
-    grad_logits = torch.empty_like(logits)
+    """grad_logits in one launch, in the memory layout of logits, or over the logits themselves."""
+    grad_logits = logits if in_place else torch.empty_like(logits)
     device = _device(logits.device)
     plan = _backward_plan(
         logits.shape, logits.stride(), grad_logits.stride(), target.stride(),
@@ -249,11 +250,16 @@ def _forward_plan(
         most = min(16 * device.multiprocessors, max(2 * device.multiprocessors, rows // 16))
         programs = max(1, min(_units(levels, tile, sub), most))
     arguments = (rows, levels.middle, levels.inner, *levels.strides[0], strides[1], *levels.strides[1], sub)
+    return _Plan(rows, programs, _forward_options(tile, device), tile, arguments, {})
+
+
+def _forward_options(tile: Tile, device: "_Device") -> dict[str, Any]:
+    """Of the compiler, for kernels that sum over classes."""
     # A product fused into the first addition of a reduction is rounded differently from lane to lane.
     options: dict[str, Any] = {"num_warps": _num_warps(tile, device), "enable_fp_fusion": False}
     if tile.flat and tile.K > LANE_CLASSES and device.is_nvidia:
         options["maxnreg"] = 168  # three programs a multiprocessor; left to itself the compiler spills to have four
-    return _Plan(rows, programs, options, tile, arguments, {})
+    return options
 
 
 @functools.lru_cache(maxsize=1024)

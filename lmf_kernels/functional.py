@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ._checks import as_float, check_dense, check_memory
-from ._ops import BACKENDS, fused_loss, select_backend
+from ._ops import BACKENDS, check_labels, fused_loss, select_backend
+from .class_parallel import ClassGroup, ClassShares, is_dtensor, local_logits, sharded_loss, shares_of
 from .reference import MEAN, NONE, SUM, reference_loss
 
 _REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
@@ -36,6 +37,7 @@ def lmf_loss(
     reduction: str = "mean",
     normalizer: Normalizer | None = None,
     backend: str = "auto",
+    class_group: ClassGroup | None = None,
 ) -> Tensor:
     r"""The LMF loss, alpha * LDAM + beta * focal, in one fused forward and one fused backward kernel.
 
@@ -70,6 +72,12 @@ def lmf_loss(
             `global_normalizer` computes it.
         backend: 'auto', 'triton', 'native' (compiled C++ or CUDA) or 'reference' (eager PyTorch). 'auto' is Triton on
             GPU tensors, else native, else the reference.
+        class_group: the process group whose ranks hold the classes between them (docs/many_classes.md): `input` is this
+            rank's columns (N, C_local, ...), `target` is the same on all ranks and counts the classes of all ranks, and
+            margins and weights are given whole (C,) or as this rank's share (C_local,). Every rank returns the same
+            loss and gets the gradient of its own logits. The first call with a group exchanges the ranks' numbers of
+            classes and later ones keep them; `ClassShares` serves several heads over one group. DTensor input that
+            is sharded on its class axis needs no class_group. Then there is no second derivative.
 
     Returns:
         The loss: float64 for float64 logits, else float32 (also for half logits). 'mean' without a kept row is NaN,
@@ -81,7 +89,8 @@ def lmf_loss(
         TypeError: dtypes.
         IndexError: a label outside [0, C) that is not `ignore_index`, on the CPU. On a GPU, and from Triton anywhere,
             that row's loss and gradient are NaN instead.
-        RuntimeError: tensors on different devices, or a backend that is not there.
+        RuntimeError: tensors on different devices, a backend that is not there, or a collective of class_group that
+            failed, within the group's timeout, because another rank did not come to it.
 
     Source: arXiv 2212.12741, eq. 1 to 3; LDAM: arXiv 1906.07413; focal loss: arXiv 1708.02002.
 
@@ -92,32 +101,19 @@ def lmf_loss(
         >>> loss.backward()
     """
     reduction_code = check_options(alpha, beta, gamma, s, ignore_index, reduction, backend)
-    logits, target = _check_input_and_target(input, target)
+    shares = None
+    if is_dtensor(input):
+        input, target, shares = local_logits(input, target, class_group)
+    logits, target = _check_input_and_target(input, target, sharded=class_group is not None or shares is not None)
     num_classes = logits.shape[1]
-    if weight is not None:
-        if ldam_weight is not None or focal_weight is not None:
-            raise ValueError("give weight, or ldam_weight and focal_weight, not both: weight sets both terms' weights")
-        check_table("weight", weight, num_classes, input.device)
-        ldam_weight = focal_weight = weight
-    else:
-        if ldam_weight is not None:
-            check_table("ldam_weight", ldam_weight, num_classes, input.device)
-        if focal_weight is not None:
-            check_table("focal_weight", focal_weight, num_classes, input.device)
-    if margins is not None:
-        check_table("margins", margins, num_classes, input.device)
-    ldam_normalizer = focal_normalizer = None
-    if normalizer is not None:
-        if reduction_code != MEAN:
-            raise ValueError(f"normalizer replaces the denominators of reduction='mean', got reduction={reduction!r}")
-        ldam, focal = _check_normalizer(normalizer, input.device)
-        if isinstance(ldam, Tensor) or isinstance(focal, Tensor):
-            ldam_normalizer, focal_normalizer = (
-                n if isinstance(n, Tensor) else torch.full((), n, dtype=torch.float64, device=input.device)
-                for n in (ldam, focal)
-            )
-        else:  # numbers need no tensor: the mean is a sum with other coefficients
-            alpha, beta, reduction_code = alpha / ldam, beta / focal, SUM
+    if class_group is not None:
+        shares = shares_of(class_group, num_classes, input.device)
+    ldam_weight, focal_weight = check_tables(
+        margins, weight, ldam_weight, focal_weight, num_classes, input.device, shares
+    )
+    alpha, beta, reduction_code, ldam_normalizer, focal_normalizer = check_normalizer(
+        normalizer, alpha, beta, reduction_code, input.device
+    )
 
     alpha, beta = float(alpha), float(beta)
     if input.dtype != torch.float64:  # a kernel skips a term whose coefficient is 0 in float32, denominator and all
@@ -128,11 +124,15 @@ def lmf_loss(
         alpha, beta, float(gamma), float(s), ignore_index, reduction_code,
     )  # fmt: skip
     chosen = select_backend(backend, input.device)
-    if chosen == "reference":
+    if shares is not None:
+        if chosen != "triton":
+            check_labels(target, shares.total, ignore_index)
+        loss = sharded_loss(chosen, shares, *arguments)
+    elif chosen == "reference":
         for name, tensor in zip(_TENSORS, arguments, strict=False):
             if isinstance(tensor, Tensor):
                 check_memory(name, tensor)
-        _check_labels(target, num_classes, ignore_index)
+        check_labels(target, num_classes, ignore_index)
         loss = reference_loss(*arguments)
     else:
         loss = fused_loss(chosen, *arguments)
@@ -161,22 +161,78 @@ def check_options(
     return _REDUCTIONS[reduction]
 
 
-def _check_input_and_target(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The checked logits (N, C, ...) and target (N, ...), int64."""
-    check_dense("input", input)
+def check_tables(
+    margins: Tensor | None,
+    weight: Tensor | None,
+    ldam_weight: Tensor | None,
+    focal_weight: Tensor | None,
+    num_classes: int,
+    device: torch.device,
+    shares: ClassShares | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Checks margins and class weights; returns the weights of the LDAM and of the focal term."""
+    whole = num_classes if shares is None else shares.total
+    if weight is not None:
+        if ldam_weight is not None or focal_weight is not None:
+            raise ValueError("give weight, or ldam_weight and focal_weight, not both: weight sets both terms' weights")
+        check_table("weight", weight, num_classes, device, whole)
+        ldam_weight = focal_weight = weight
+    else:
+        if ldam_weight is not None:
+            check_table("ldam_weight", ldam_weight, num_classes, device, whole)
+        if focal_weight is not None:
+            check_table("focal_weight", focal_weight, num_classes, device, whole)
+    if margins is not None:
+        check_table("margins", margins, num_classes, device, whole)
+    return ldam_weight, focal_weight
+
+
+def check_normalizer(
+    normalizer: Normalizer | None, alpha: float, beta: float, reduction: int, device: torch.device
+) -> tuple[float, float, int, Tensor | None, Tensor | None]:
+    """alpha, beta, the reduction's code and the two normalizer tensors that the kernels are called with."""
+    if normalizer is None:
+        return alpha, beta, reduction, None, None
+    if reduction != MEAN:
+        given = next(name for name, code in _REDUCTIONS.items() if code == reduction)
+        raise ValueError(f"normalizer replaces the denominators of reduction='mean', got reduction={given!r}")
+    ldam, focal = _check_normalizer(normalizer, device)
+    if not isinstance(ldam, Tensor) and not isinstance(focal, Tensor):
+        return alpha / ldam, beta / focal, SUM, None, None  # the mean is a sum with other coefficients
+
+    def tensor(n: float | Tensor) -> Tensor:
+        return n if isinstance(n, Tensor) else torch.full((), n, dtype=torch.float64, device=device)
+
+    return alpha, beta, reduction, tensor(ldam), tensor(focal)
+
+
+def check_target(target: Tensor) -> Tensor:
+    """The target as int64."""
     check_dense("target", target)
-    if input.dtype not in _FLOATING:
-        raise TypeError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
-    if target.dtype != torch.int64:
-        if target.dtype != torch.uint8:
-            _refuse_target_dtype(target.dtype)
-        check_memory("target", target)
-        target = target.long()
+    if target.dtype == torch.int64:
+        return target
+    if target.dtype != torch.uint8:
+        _refuse_target_dtype(target.dtype)
+    check_memory("target", target)
+    return target.long()
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Checks that a tensor has a dtype that the kernels take."""
+    check_dense(name, tensor)
+    if tensor.dtype not in _FLOATING:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+
+
+def _check_input_and_target(input: Tensor, target: Tensor, sharded: bool = False) -> tuple[Tensor, Tensor]:
+    """The checked logits (N, C, ...) and target (N, ...), int64; a share of the classes may be empty."""
+    check_floating("input", input)
+    target = check_target(target)
     if input.dim() == 0:
         raise ValueError("input must have shape (C,), (N, C) or (N, C, d1, ..., dk), got a 0-dim tensor")
     shape = input.shape
     batched = len(shape) > 1
-    if shape[batched] == 0:
+    if shape[batched] == 0 and not sharded:
         raise ValueError(f"input must have at least one class, got shape {tuple(shape)}")
     target_shape = shape[:1] + shape[2:] if batched else shape[:0]
     if target.shape != target_shape:
@@ -200,11 +256,17 @@ def _refuse_target_dtype(dtype: torch.dtype) -> NoReturn:
     raise TypeError(f"target must be int64 class indices, got {dtype}: convert it with target.long()")
 
 
-def check_table(name: str, table: Tensor, num_classes: int, device: torch.device | None = None) -> None:
-    """Checks margins or class weights: a floating tensor (C,) without grad, on `device` if one is given."""
+def check_table(
+    name: str, table: Tensor, num_classes: int, device: torch.device | None = None, whole: int | None = None
+) -> None:
+    """Checks margins or class weights: a floating tensor (C,) without grad, on `device` if one is given.
+
+    `whole` is the number of classes of all ranks, where num_classes is this rank's share.
+    """
     check_dense(name, table, "(C,)")
-    if table.shape != (num_classes,):
-        raise ValueError(f"{name} must have shape ({num_classes},), one value a class, got {tuple(table.shape)}")
+    if table.shape != (num_classes,) and table.shape != (whole,):
+        share = "" if whole is None or whole == num_classes else f" (this rank's share) or ({whole},) (all classes)"
+        raise ValueError(f"{name} must have shape ({num_classes},){share}, one value a class, got {tuple(table.shape)}")
     if table.dtype not in _FLOATING:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {table.dtype}")
     if device is not None and table.device != device:
@@ -243,17 +305,3 @@ def _check_normalizer(normalizer: Normalizer, device: torch.device) -> tuple[flo
                 f"normalizer must be a number, a 0-dim tensor or a pair of them, got {type(value).__name__}"
             )
     return checked[0], checked[1]
-
-
-def _check_labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Raises IndexError for a bad label where looking costs no synchronisation: plain CPU tensors in eager mode."""
-    if target.device.type != "cpu" or type(target) is not Tensor or torch.compiler.is_compiling():
-        return
-    if torch._C._are_functorch_transforms_active():  # a label under torch.vmap has no one value
-        return
-    bad = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
-    if bad.any():
-        raise IndexError(
-            f"target {int(target[bad][0])} is out of bounds: labels must lie in [0, {num_classes}) "
-            f"or equal ignore_index={ignore_index}"
-        )

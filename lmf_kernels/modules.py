@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_dense, check_memory
+from .class_parallel import ClassGroup, ClassShares
 from .functional import Normalizer, check_options, check_table, lmf_loss
 from .margins import ldam_margins
 
@@ -30,6 +31,7 @@ class _Loss(nn.Module):
         ignore_index: int,
         reduction: str,
         backend: str,
+        class_group: ClassGroup | None,
     ) -> None:
         super().__init__()
         check_options(alpha, beta, gamma, s, ignore_index, reduction, backend)
@@ -43,6 +45,14 @@ class _Loss(nn.Module):
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.backend = backend
+        self.class_group = class_group
+
+    def _shares(self, num_local: int, device: torch.device) -> ClassGroup | None:
+        """The ranks' shares of the classes, exchanged at the first call; a module keeps its own."""
+        group = self.class_group
+        if group is not None and not isinstance(group, ClassShares):
+            self.class_group = group = ClassShares(group, num_local, device)
+        return group
 
     def forward(self, input: Tensor, target: Tensor, normalizer: Normalizer | None = None) -> Tensor:
         """The loss of logits `input` (N, C, ...) and labels `target` (N, ...); see `lmf_loss`."""
@@ -61,6 +71,7 @@ class _Loss(nn.Module):
             reduction=self.reduction,
             normalizer=normalizer,
             backend=self.backend,
+            class_group=self.class_group and self._shares(input.shape[input.dim() > 1], input.device),
         )
 
     @torch.no_grad()
@@ -129,6 +140,8 @@ class LMFLoss(_Loss):
         ignore_index: samples with this target have loss 0 and gradient 0 and are not counted.
         reduction: 'none', 'sum' or 'mean' (LDAM: weighted mean as in F.cross_entropy; focal: mean over kept samples).
         backend: 'auto', 'triton', 'native' or 'reference'; see `lmf_loss`.
+        class_group: the process group whose ranks hold the classes between them, or `ClassShares`; see `lmf_loss`.
+            cls_num_list and the weights are those of all classes on every rank.
 
     Attributes:
         margins, ldam_weight, focal_weight: buffers of shape (C,); `set_weight` changes the weights in place.
@@ -167,6 +180,7 @@ class LMFLoss(_Loss):
         ignore_index: int = -100,
         reduction: str = "mean",
         backend: str = "auto",
+        class_group: ClassGroup | None = None,
     ) -> None:
         margins = ldam_margins(cls_num_list, max_m)
         if weight is not None:
@@ -187,6 +201,7 @@ class LMFLoss(_Loss):
             ignore_index=ignore_index,
             reduction=reduction,
             backend=backend,
+            class_group=class_group,
         )
 
 
@@ -209,6 +224,7 @@ class LDAMLoss(_Loss):
         ignore_index: samples with this target have loss 0 and gradient 0 and are not counted.
         reduction: 'none', 'sum' or 'mean' (weighted mean, as in F.cross_entropy).
         backend: 'auto', 'triton', 'native' or 'reference'.
+        class_group: as in `LMFLoss`.
 
     Raises:
         ValueError, TypeError: as `LMFLoss`.
@@ -226,6 +242,7 @@ class LDAMLoss(_Loss):
         ignore_index: int = -100,
         reduction: str = "mean",
         backend: str = "auto",
+        class_group: ClassGroup | None = None,
     ) -> None:
         margins = ldam_margins(cls_num_list, max_m)
         super().__init__(
@@ -239,6 +256,7 @@ class LDAMLoss(_Loss):
             ignore_index=ignore_index,
             reduction=reduction,
             backend=backend,
+            class_group=class_group,
         )
 
 
@@ -255,6 +273,7 @@ class FocalLoss(_Loss):
         ignore_index: samples with this target have loss 0 and gradient 0 and are not counted.
         reduction: 'none', 'sum' or 'mean' (over the number of kept samples, also with weights).
         backend: 'auto', 'triton', 'native' or 'reference'.
+        class_group: as in `LMFLoss`.
 
     Raises:
         ValueError, TypeError: as `LMFLoss`.
@@ -270,6 +289,7 @@ class FocalLoss(_Loss):
         ignore_index: int = -100,
         reduction: str = "mean",
         backend: str = "auto",
+        class_group: ClassGroup | None = None,
     ) -> None:
         super().__init__(
             margins=None,
@@ -282,6 +302,7 @@ class FocalLoss(_Loss):
             ignore_index=ignore_index,
             reduction=reduction,
             backend=backend,
+            class_group=class_group,
         )
 
 

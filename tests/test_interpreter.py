@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[1]
 FILES = (  # the longest first
     "test_backward.py",
     "test_precision.py",
+    "test_linear.py",
     "test_layouts.py",
+    "test_row_statistics.py",
     "test_pairwise.py",
     "test_edges.py",
     "test_reductions.py",

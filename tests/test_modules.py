@@ -59,7 +59,7 @@ def test_signature_is_the_contracts(function):
     options = {
         "margins": None, "alpha": 1.0, "beta": 1.0, "gamma": 1.5, "max_m": 0.5, "s": 30.0, "weight": None,
         "ldam_weight": None, "focal_weight": None, "ignore_index": -100, "reduction": "mean", "normalizer": None,
-        "backend": "auto",
+        "backend": "auto", "class_group": None,
     }  # fmt: skip
     without = {
         lmf_loss: {"max_m"},

@@ -1,0 +1,149 @@
+"""`LinearLMFLoss`: a linear classifier and its loss in one module, without the logits in memory."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .class_parallel import ClassGroup, ClassShares
+from .functional import Normalizer
+from .linear import linear_lmf_loss
+from .modules import LMFLoss
+
+
+class LinearLMFLoss(LMFLoss):
+    r"""`nn.Linear(in_features, C)` followed by `LMFLoss(cls_num_list)`, without the logits in memory.
+
+    For features x of one sample, rows W_j of `linear.weight` and b = `linear.bias`::
+
+        z_j  = <x, W_j> + b_j                            or, with normalize, <x / |x|, W_j / |W_j|> + b_j
+        loss = alpha * ldam_weight[y] * LDAM(z, y) + beta * focal_weight[y] * focal(z, y)
+
+    with the terms of `LMFLoss`. See `linear_lmf_loss` for how gradients and memory are handled.
+
+    Args:
+        in_features: D, the length of a feature vector.
+        cls_num_list: training samples per class, each >= 1, length C; see `class_counts`.
+        bias: whether the classifier has a bias; the published cosine classifiers have none.
+        normalize: cosine classifier, which s = 30 is meant for.
+        alpha, beta, gamma, max_m, s, weight, ldam_weight, focal_weight, ignore_index, reduction, backend: as `LMFLoss`.
+        memory_budget: bytes for a chunk of logits and its temporaries; None is the default of `linear_lmf_loss`.
+        class_group: a process group over whose ranks the classes are spread as DTensor's Shard and torch.chunk do:
+            `linear` then holds this rank's rows only, drawn differently on every rank. cls_num_list, margins and class
+            weights are those of all classes on every rank.
+        device, dtype: of the classifier's parameters.
+
+    Attributes:
+        linear: the classifier, an `nn.Linear` (as in torch's nn.LinearCrossEntropyLoss).
+        margins, ldam_weight, focal_weight: buffers of shape (C,); `set_weight` changes the weights in place.
+
+    Shape:
+        input: features (N, D) or (D,).
+        target: class indices (N,) or (), int64.
+        output: 0-dim, or the target's shape for 'none'; float32 (float64 for float64 features).
+
+    Raises:
+        ValueError, TypeError: as `LMFLoss`.
+
+    Example:
+        >>> head = LinearLMFLoss(64, torch.full((1000,), 5), bias=False, normalize=True)
+        >>> loss = head(torch.randn(16, 64), torch.randint(0, 1000, (16,)))
+        >>> loss.backward()
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        cls_num_list: Sequence[int] | Tensor,
+        *,
+        bias: bool = True,
+        normalize: bool = False,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        gamma: float = 1.5,
+        max_m: float = 0.5,
+        s: float = 30.0,
+        weight: Tensor | None = None,
+        ldam_weight: Tensor | None = None,
+        focal_weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+        memory_budget: int | None = None,
+        class_group: ClassGroup | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        num_classes = len(cls_num_list)
+        if class_group is not None and not isinstance(class_group, ClassShares):
+            class_group = ClassShares.even(class_group, num_classes)
+        if class_group is not None and class_group.total != num_classes:
+            raise ValueError(f"cls_num_list must hold the {class_group.total} classes of all ranks, got {num_classes}")
+        super().__init__(
+            cls_num_list,
+            alpha=alpha,
+            beta=beta,
+            gamma=gamma,
+            max_m=max_m,
+            s=s,
+            weight=weight,
+            ldam_weight=ldam_weight,
+            focal_weight=focal_weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            backend=backend,
+            class_group=class_group,
+        )
+        self.to(device)
+        self.normalize = normalize
+        self.memory_budget = memory_budget
+        if class_group is None:
+            self.linear = nn.Linear(in_features, num_classes, bias, device=device, dtype=dtype)
+        else:
+            with _own_random_numbers(class_group, device):
+                self.linear = nn.Linear(in_features, class_group.local, bias, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, target: Tensor, normalizer: Normalizer | None = None) -> Tensor:
+        """The loss of features `input` (N, D) and labels `target` (N,); see `linear_lmf_loss`."""
+        return linear_lmf_loss(
+            input,
+            self.linear.weight,
+            target,
+            linear_bias=self.linear.bias,
+            normalize=self.normalize,
+            margins=self.margins,
+            alpha=self.alpha,
+            beta=self.beta,
+            gamma=self.gamma,
+            s=self.s,
+            ldam_weight=self.ldam_weight,
+            focal_weight=self.focal_weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            normalizer=normalizer,
+            backend=self.backend,
+            memory_budget=self.memory_budget,
+            class_group=self.class_group,
+        )
+
+    def logits(self, input: Tensor) -> Tensor:
+        """The logits (N, C) of features (N, D), for evaluation; with class_group, of this rank's classes."""
+        weight = self.linear.weight
+        if self.normalize:
+            input, weight = F.normalize(input, dim=-1), F.normalize(weight, dim=-1)
+        return F.linear(input, weight, self.linear.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, normalize={self.normalize}"
+
+
+@contextlib.contextmanager
+def _own_random_numbers(shares: ClassShares, device: torch.device | str | None) -> Iterator[None]:
+    """Inside, this rank's random numbers differ from the other ranks'; outside, all generators advance alike."""
+    seed = int(torch.randint(2**62, ())) + shares.rank
+    devices = [device] if device is not None and torch.device(device).type != "cpu" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
