@@ -132,7 +132,11 @@ void stage_tile(const Tile<const T>& tile, int64_t first, int64_t chunk, typenam
   const int64_t whole = tile.rows_are_neighbours() ? tile.rows / M::kLanes * M::kLanes : 0;
   for (int64_t j = 0; j < chunk; j++) {
     const T* z = tile.z + (first + j) * tile.class_stride;
-    for (int64_t lane = 0; lane < whole; lane += M::kLanes) store(staged + j * kTileRows + lane, load(z + lane));
+    for (int64_t lane = 0; lane < whole; lane += M::kLanes) {
+      // The next tile continues here; with as many streams as classes no hardware foresees that.
+      __builtin_prefetch(z + kTileRows + lane);
+      store(staged + j * kTileRows + lane, load(z + lane));
+    }
     for (int64_t lane = whole; lane < tile.rows; lane += M::kLanes) {
       T lanes[M::kLanes] = {};
       for (int i = 0; i < M::kLanes && lane + i < tile.rows; i++) lanes[i] = z[(lane + i) * tile.row_stride];
@@ -150,7 +154,10 @@ void write_tile(const Tile<T>& tile, int64_t first, int64_t chunk, const typenam
   const int64_t whole = tile.rows_are_neighbours() ? tile.rows / M::kLanes * M::kLanes : 0;
   for (int64_t j = 0; j < chunk; j++) {
     T* z = tile.z + (first + j) * tile.class_stride;
-    for (int64_t lane = 0; lane < whole; lane += M::kLanes) store(z + lane, load(staged + j * kTileRows + lane));
+    for (int64_t lane = 0; lane < whole; lane += M::kLanes) {
+      __builtin_prefetch(z + kTileRows + lane, 1);
+      store(z + lane, load(staged + j * kTileRows + lane));
+    }
     for (int64_t lane = whole; lane < tile.rows; lane += M::kLanes) {
       T lanes[M::kLanes];
       store(lanes, load(staged + j * kTileRows + lane));
