@@ -32,7 +32,7 @@ class Tile(NamedTuple):
     chunk: int  # classes that a program walks over; fewer than C where rows are split
     levels: int  # memory levels of the rows
     inner_tiles: bool  # a tile lies within the last level, so that neighbouring lanes are neighbours in memory
-    flat: bool  # contiguous rows and a lane for each: load the tile flat
+    flat: bool  # contiguous rows that are loaded (and stored) flat
     align: int  # elements of a wide load, along the classes (then it is V) or along the rows; strides are its multiples
 
 
