@@ -102,19 +102,26 @@ _library.impl("triton_forward", _triton_forward, "CompositeExplicitAutograd")
 _library.impl("triton_backward", _triton_backward, "CompositeExplicitAutograd")
 
 
-_PLAIN = frozenset({Tensor, float, int, type(None)})
+def _shortest(
+    op: Callable[..., Any], implementation: Callable[..., Any], required: int, tensors: int
+) -> Callable[..., Any]:
+    """The op for eager mode: without its autograd step, which is the Functions'.
 
-
-def _shortest(op: Callable[..., Any], implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """The op for eager mode, without its own autograd step, which is the Functions'.
+    Its first arguments are tensors, `required` and then optional ones, `tensors` in all.
 
     On plain tensors that is its implementation: the dispatcher would double the host's time. Whoever listens to the
-    dispatcher (fake tensors, modes, torch.func) still sees the op, and lazily negated tensors need it.
+    dispatcher (fake tensors, modes, torch.func) still sees the op; lazily negated tensors and arguments of wrong types
+    need it.
     """
 
     def call(*arguments: Any) -> Any:
         watched = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
-        if not watched and all(type(a) in _PLAIN and not (type(a) is Tensor and a.is_neg()) for a in arguments):
+        if (
+            not watched
+            and all(type(a) is Tensor and not a.is_neg() for a in arguments[:required])
+            and all(a is None or (type(a) is Tensor and not a.is_neg()) for a in arguments[required:tensors])
+            and all(type(a) is float or type(a) is int for a in arguments[tensors:])
+        ):
             return implementation(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
@@ -125,7 +132,7 @@ def _shortest(op: Callable[..., Any], implementation: Callable[..., Any]) -> Cal
 # Backend name -> its (forward, backward): the ops, for graphs, and the same by a shorter way, for eager mode.
 OPS = {"triton": (torch.ops.lmf_kernels.triton_forward.default, torch.ops.lmf_kernels.triton_backward.default)}
 EAGER: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "triton": (_shortest(OPS["triton"][0], _triton_forward), _shortest(OPS["triton"][1], _triton_backward))
+    "triton": (_shortest(OPS["triton"][0], _triton_forward, 2, 7), _shortest(OPS["triton"][1], _triton_backward, 5, 5))
 }
 _native_devices: tuple[str, ...] = ()
 if _C is not None:
