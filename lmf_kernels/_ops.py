@@ -102,6 +102,11 @@ _library.impl("triton_forward", _triton_forward, "CompositeExplicitAutograd")
 _library.impl("triton_backward", _triton_backward, "CompositeExplicitAutograd")
 
 
+def _is_plain(argument: Any) -> bool:
+    """Whether it is a tensor whose memory holds its values; that of vmap's batched tensors is elsewhere."""
+    return type(argument) is Tensor and torch._C._has_storage(argument) and not argument.is_neg()
+
+
 def _shortest(
     op: Callable[..., Any], implementation: Callable[..., Any], required: int, tensors: int
 ) -> Callable[..., Any]:
@@ -110,16 +115,15 @@ def _shortest(
     Its first arguments are tensors, `required` and then optional ones, `tensors` in all.
 
     On plain tensors that is its implementation: the dispatcher would double the host's time. Whoever listens to the
-    dispatcher (fake tensors, modes, torch.func) still sees the op; lazily negated tensors and arguments of wrong types
-    need it.
+    dispatcher (fake tensors, modes, torch.func) still sees the op; arguments of wrong types need it, too.
     """
 
     def call(*arguments: Any) -> Any:
         watched = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
         if (
             not watched
-            and all(type(a) is Tensor and not a.is_neg() for a in arguments[:required])
-            and all(a is None or (type(a) is Tensor and not a.is_neg()) for a in arguments[required:tensors])
+            and all(_is_plain(a) for a in arguments[:required])
+            and all(a is None or _is_plain(a) for a in arguments[required:tensors])
             and all(type(a) is float or type(a) is int for a in arguments[tensors:])
         ):
             return implementation(*arguments)
