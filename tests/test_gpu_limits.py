@@ -30,10 +30,10 @@ def row_bytes(case, dtype):
 
 
 def rescaled(kernel):
-    """How often sums of a row are brought to another maximum."""
+    """How often sums of a row are brought to another maximum: in each step but a single one, and to combine lanes."""
     tile = kernel.plan.tile
-    steps = -(-tile.C // (tile.K * tile.LPR * tile.V))
-    return tile.LPR * (steps + 1 if steps > 1 else 1) if tile.LPR > 1 else steps if steps > 1 else 0
+    steps, parts = -(-tile.C // (tile.K * tile.LPR * tile.V)), -(-tile.C // tile.chunk)
+    return tile.LPR * ((steps if steps > 1 else 0) + (parts if tile.LPR > 1 else 0))
 
 
 @pytest.mark.parametrize("case, dtype", EACH_CASE, ids=str)
