@@ -8,6 +8,10 @@
 #include <c10/util/SmallVector.h>
 #include <torch/library.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
@@ -50,14 +54,13 @@ struct Blocks {
     if (rows_per_block > kTileRows / 2) rows_per_block = (rows_per_block + kTileRows - 1) / kTileRows * kTileRows;
     count = (rows + rows_per_block - 1) / rows_per_block;
   }
+  // function(first block, first row, end of rows), on some blocks in a row.
   template <typename Function>
   void parallel(int64_t rows, int64_t classes, const Function& function) const {
     const int64_t cost = rows_per_block * (classes + kRowOverhead);
     const int64_t grain = std::max<int64_t>(1, kGrain * kBlockCost / cost);
     at::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
-      for (int64_t block = first; block < last; block++) {
-        function(block, block * rows_per_block, std::min(rows, (block + 1) * rows_per_block));
-      }
+      function(first, first * rows_per_block, std::min(rows, last * rows_per_block));
     });
   }
 };
@@ -130,8 +133,9 @@ static std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_cpu(
   const Blocks blocks(p.rows, p.classes);
   c10::SmallVector<Partial, 16> partials(blocks.count);
   const auto kernel = kernels().forward[static_cast<int>(element_of(logits))];
-  blocks.parallel(p.rows, p.classes,
-                  [&](int64_t block, int64_t begin, int64_t end) { kernel(p, begin, end, partials[block]); });
+  blocks.parallel(p.rows, p.classes, [&](int64_t block, int64_t begin, int64_t end) {
+    kernel(p, begin, end, blocks.rows_per_block, &partials[block]);
+  });
   Partial sum;
   for (const Partial& partial : partials) {
     TORCH_CHECK_INDEX(partial.bad_row < 0, "target ", p.target[partial.bad_row],
@@ -181,6 +185,8 @@ static void write_gradient(const at::Tensor& grad_output_in, const at::Tensor& l
   p.focal_denominator = denominators.numel() ? read_scalar(denominators, 1) : 1;
   p.grad_logits = grad.mutable_data_ptr();
   p.grad_strides = layout->grad_strides;
+  constexpr size_t kCaches = 4 << 20;  // a larger gradient leaves the cores' own caches before anyone reads it
+  p.stream_grad = grad.nbytes() >= kCaches && grad.const_data_ptr() != logits.const_data_ptr();
 
   const auto kernel = kernels().backward[static_cast<int>(element_of(logits))];
   Blocks(p.rows, p.classes).parallel(p.rows, p.classes, [&](int64_t, int64_t begin, int64_t end) {
@@ -189,10 +195,24 @@ static void write_gradient(const at::Tensor& grad_output_in, const at::Tensor& l
   if (copied) result.copy_(grad);
 }
 
+// Asks for huge pages under a large gradient, as NumPy does for its arrays: the faults of its 4 KiB pages would take
+// several times as long as the kernel. Not below the largest size that glibc may take from its heap, which others
+// share.
+static void ask_for_huge_pages(const at::Tensor& grad) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 4096, kWorthwhile = 32 << 20;
+  if (grad.nbytes() < kWorthwhile) return;
+  const auto begin = reinterpret_cast<uintptr_t>(grad.mutable_data_ptr());
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, end = (begin + grad.nbytes()) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // a failure changes nothing
+#endif
+}
+
 static at::Tensor backward_cpu(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
                                const at::Tensor& stats, const at::Tensor& denominators, double alpha, double beta,
                                double s) {
   const at::Tensor result = at::empty_like(logits);
+  ask_for_huge_pages(result);
   write_gradient(grad_output, logits, target, stats, denominators, alpha, beta, s, result);
   return result;
 }

@@ -43,7 +43,8 @@ struct BackwardArguments : Problem {
   const void* grad_output;  // accumulation type
   int64_t grad_output_stride;
   double ldam_denominator, focal_denominator;
-  void* grad_logits;
+  void* grad_logits;  // may be the logits themselves
+  bool stream_grad;   // where that pays: it is fresh and larger than the caches
   Strides grad_strides;
 };
 
@@ -57,7 +58,8 @@ struct Partial {
 
 struct Kernels {
   const char* name;
-  void (*forward[kElements])(const ForwardArguments&, int64_t begin, int64_t end, Partial&);
+  // Of rows [begin, end), with one partial sum for each rows_per_block of them.
+  void (*forward[kElements])(const ForwardArguments&, int64_t begin, int64_t end, int64_t rows_per_block, Partial*);
   void (*backward[kElements])(const BackwardArguments&, int64_t begin, int64_t end);
   void (*statistics[kElements])(const StatisticsArguments&, int64_t begin, int64_t end);
 };

@@ -76,44 +76,69 @@ struct Sums {
       t1 *= M::exp(change, s);
     }
   }
+  template <typename A>
+  inline void store_to(Rows<A>& rows, int64_t lane) const {
+    store(&rows.t1[lane], t1);
+    store(&rows.t2[lane], both ? t2 : t1);
+  }
 };
 
-// The tile walk: `count` rows from `row`, which one stride connects; a lane a row.
-template <typename T, typename A, bool both>
-void tile_statistics(const Problem& p, Scale<A> s, int64_t row, int64_t count, A* staged, Rows<A>& rows) {
+// Rows of few classes, a lane a row; class j of row `lane` is z[j * stride + lane], in memory or staged. Each class
+// asks all rows whether it is their target: cheaper than writing -inf for the targets one by one.
+template <typename S, typename A, bool both>
+void compared_statistics(const S* z, int64_t stride, int64_t classes, Scale<A> s, int64_t count, Rows<A>& rows) {
   using M = VectorMath<A>;
   using V = typename M::Value;
-  const Tile<const T> tile(static_cast<const T*>(p.logits), p.logits_end, p.strides, p, row, count);
+  using Mask = typename M::Mask;
+  for (int64_t lane = 0; lane < count; lane += M::kLanes, z += M::kLanes) {
+    const Mask y = M::load_labels(&rows.y[lane]);
+    V m = M::of(-infinity<A>()), z_y = M::of(0);
+    for (int64_t j = 0; j < classes; j++) {
+      const V value = load(z + j * stride);
+      const Mask is_target = y == Mask{} + int32_t(j);
+      m = M::select(is_target, m, M::max(value, m));
+      z_y = M::select(is_target, value, z_y);
+    }
+    const V anchor = M::select(m == M::of(-infinity<A>()), M::of(0), m);
+    Sums<M, both> sums;
+    for (int64_t j = 0; j < classes; j++) {
+      const Mask is_target = y == Mask{} + int32_t(j);
+      sums.add(M::select(is_target, M::of(-infinity<A>()), load(z + j * stride) - anchor), s);
+    }
+    sums.store_to(rows, lane);
+    store(&rows.m[lane], m);
+    store(&rows.z_y[lane], z_y);
+  }
+}
+
+// The tile walk: `count` rows from `z`, which one stride connects; a lane a row.
+template <typename T, typename A, bool both>
+void tile_statistics(const Problem& p, Scale<A> s, const T* z, int64_t count, A* staged, Rows<A>& rows) {
+  using M = VectorMath<A>;
+  using V = typename M::Value;
+  const Tile<const T> tile(z, p.logits_end, p.strides, p.classes, count);
+  if (p.classes <= kComparedClasses) {
+    if (tile.is_whole_vectors(M::kLanes)) {
+      return compared_statistics<T, A, both>(tile.z, tile.class_stride, p.classes, s, count, rows);
+    }
+    stage_tile(tile, 0, p.classes, staged);
+    return compared_statistics<A, A, both>(staged, kTileRows, p.classes, s, count, rows);
+  }
   const int64_t chunk_size = balanced_chunk(p.classes);
   for (int64_t first = 0; first < p.classes; first += chunk_size) {
     const int64_t chunk = p.classes - first < chunk_size ? p.classes - first : chunk_size;
     stage_tile(tile, first, chunk, staged);
-    const bool compared = p.classes <= kComparedClasses;
-    for (int64_t lane = 0; lane < count && !compared; lane++) {
+    for (int64_t lane = 0; lane < count; lane++) {
       const int64_t j = rows.y[lane] - first;
       if (j < 0 || j >= chunk) continue;
       rows.z_y[lane] = staged[j * kTileRows + lane];
       staged[j * kTileRows + lane] = -infinity<A>();
     }
     for (int64_t lane = 0; lane < count; lane += M::kLanes) {
-      A* const competitors = staged + lane;
+      const A* const competitors = staged + lane;
       const V m = first ? load(&rows.m[lane]) : M::of(-infinity<A>());
       V next = m;
-      if (compared) {
-        const typename M::Mask y = M::load_labels(&rows.y[lane]);
-        V z_y = M::of(0);
-        for (int64_t j = 0; j < chunk; j++) {
-          const V z = load(competitors + j * kTileRows);
-          const typename M::Mask is_target = y == typename M::Mask{} + int32_t(j);
-          const V competitor = M::select(is_target, M::of(-infinity<A>()), z);
-          z_y = M::select(is_target, z, z_y);
-          next = M::max(competitor, next);
-          store(competitors + j * kTileRows, competitor);
-        }
-        store(&rows.z_y[lane], z_y);
-      } else {
-        for (int64_t j = 0; j < chunk; j++) next = M::max(load(competitors + j * kTileRows), next);
-      }
+      for (int64_t j = 0; j < chunk; j++) next = M::max(load(competitors + j * kTileRows), next);
       const V anchor = M::select(next == M::of(-infinity<A>()), M::of(0), next);
       Sums<M, both> sums;
       if (first) {
@@ -121,20 +146,18 @@ void tile_statistics(const Problem& p, Scale<A> s, int64_t row, int64_t count, A
         sums.rescale(change_of<M>(m, next), s);
       }
       for (int64_t j = 0; j < chunk; j++) sums.add(load(competitors + j * kTileRows) - anchor, s);
+      sums.store_to(rows, lane);
       store(&rows.m[lane], next);
-      store(&rows.t1[lane], sums.t1);
-      store(&rows.t2[lane], both ? sums.t2 : sums.t1);
     }
   }
 }
 
 // The row walk: one row of neighbouring classes; a lane a class.
 template <typename T, typename A, bool both>
-void row_statistics(const Problem& p, Scale<A> s, int64_t row, int64_t lane, A* staged, Rows<A>& rows) {
+void row_statistics(const Problem& p, Scale<A> s, const T* z, int64_t lane, A* staged, Rows<A>& rows) {
   using M = VectorMath<A>;
   using V = typename M::Value;
   constexpr int kLanes = M::kLanes, kUnroll = 4;
-  const T* z = static_cast<const T*>(p.logits) + offset_of(p, p.strides, row);
   A m = -infinity<A>();
   Sums<M, both> sums;
   for (int64_t first = 0; first < p.classes; first += kRowChunk) {
@@ -177,25 +200,26 @@ void statistics_rows(const StatisticsArguments& p, Scale<A> scale, int64_t begin
   const bool row_walk = use_row_walk(p);
   alignas(64) A staged[kTileRows * kTileClasses];
   Rows<A> rows = {};
-  for (int64_t row = begin; row < end;) {
-    const int64_t limit = end - row < kTileRows ? end - row : kTileRows;
-    const int64_t count = row_walk ? limit : connected_rows(p, row, limit);
+  for (Walk walk(p, begin, end); walk.count; walk.advance()) {
+    const int64_t row = walk.row, count = walk.count;
     for (int64_t lane = 0; lane < count; lane++) {
       const int64_t y = p.target[row + lane], local = y - p.first_class;
       rows.y[lane] = y != p.ignore_index && uint64_t(local) < uint64_t(p.classes) ? int32_t(local) : kIgnored;
       rows.z_y[lane] = 0;
     }
+    const T* const z = static_cast<const T*>(p.logits) + walk.offset(p.strides);
     if (row_walk) {
-      for (int64_t lane = 0; lane < count; lane++) row_statistics<T, A, both>(p, scale, row + lane, lane, staged, rows);
+      for (int64_t lane = 0; lane < count; lane++) {
+        row_statistics<T, A, both>(p, scale, z + lane * p.strides.inner, lane, staged, rows);
+      }
     } else {
-      tile_statistics<T, A, both>(p, scale, row, count, staged, rows);
+      tile_statistics<T, A, both>(p, scale, z, count, staged, rows);
     }
     const A* const found[4] = {rows.m, rows.t1, rows.t2, rows.z_y};
     for (int k = 0; k < 4; k++) {
       A* const saved = static_cast<A*>(p.statistics) + k * p.rows + row;
       for (int64_t lane = 0; lane < count; lane++) saved[lane] = found[k][lane];
     }
-    row += count;
   }
 }
 
@@ -287,26 +311,28 @@ void finish_rows(const ForwardArguments& p, const Options<A>& o, const Tables<A>
     const auto anchor = W::select(m == W::of(-infinity<A>()), zero, m);
     const Statistics<W> statistics = {anchor, load_wide(&rows.t1[first]), load_wide(&rows.t2[first]),
                                       load_wide(&rows.z_y[first])};
+    const Gap<W> gap(statistics, ignored);
     Term<W> focal = {zero, zero, zero}, ldam = focal;
     if (o.beta != 0) {
-      focal = focal_term<W>(statistics, ignored, look_up(tables.focal_weight), o);
+      focal = focal_term<W>(gap, statistics.t1, look_up(tables.focal_weight), o);
       accumulate(sums.focal, sum_parts(focal.loss));
     }
     if (o.alpha != 0) {
       const auto w_ldam = look_up(tables.ldam_weight);
-      ldam = ldam_term<W>(statistics, ignored, look_up(tables.margins), w_ldam, o);
+      ldam = ldam_term<W>(gap, statistics.t2, look_up(tables.margins), w_ldam, o);
       accumulate(sums.ldam, sum_parts(ldam.loss));
       accumulate(sums.weight, sum_parts(W::select(ignored, zero, w_ldam)));
     }
-    const auto save = [&](void* base, const typename W::Value& values) {
-      for (int i = 0; i < kWide; i++) {
-        const int64_t lane = first + i * M::kLanes;
-        store_some(static_cast<A*>(base) + row + lane, values.v[i], count - lane);
-      }
-    };
-    const typename W::Value saved[5] = {anchor, focal.c, ldam.c, focal.g, ldam.g};
-    for (int k = 0; k < 5; k++) save(static_cast<A*>(p.stats) + k * p.rows, saved[k]);
-    if (p.row_loss) save(p.row_loss, o.alpha * ldam.loss + o.beta * focal.loss);
+    const int64_t left = count - first;
+    A* const stats = static_cast<A*>(p.stats) + row + first;
+    store_wide(stats, anchor, left);
+    store_wide(stats + p.rows, focal.c, left);
+    store_wide(stats + 2 * p.rows, ldam.c, left);
+    store_wide(stats + 3 * p.rows, focal.g, left);
+    store_wide(stats + 4 * p.rows, ldam.g, left);
+    if (p.row_loss) {
+      store_wide(static_cast<A*>(p.row_loss) + row + first, o.alpha * ldam.loss + o.beta * focal.loss, left);
+    }
   }
 }
 
@@ -327,40 +353,45 @@ void read_labels(const ForwardArguments& p, int64_t row, int64_t count, Rows<A>&
   }
 }
 
+// Each block of rows has a partial sum of its own, so that their sum does not depend on the number of threads.
 template <typename T, typename A, bool both>
-void forward_rows(const ForwardArguments& p, Scale<A> scale, int64_t begin, int64_t end, Partial& partial) {
+void forward_rows(const ForwardArguments& p, Scale<A> scale, int64_t begin, int64_t end, int64_t rows_per_block,
+                  Partial* partials) {
   const Options<A> options = {A(p.alpha), A(p.beta), A(p.gamma), A(p.s)};
   const Tables<A> tables(p);
   const bool row_walk = use_row_walk(p);
   alignas(64) A staged[kTileRows * kTileClasses];
   Rows<A> rows = {};
-  LaneSums<A> sums;
-  for (int64_t row = begin; row < end;) {
-    const int64_t limit = end - row < kTileRows ? end - row : kTileRows;
-    const int64_t count = row_walk ? limit : connected_rows(p, row, limit);
-    read_labels(p, row, count, rows, partial);
-    if (row_walk) {
-      for (int64_t lane = 0; lane < count; lane++) {
-        if (rows.y[lane] != kIgnored) row_statistics<T, A, both>(p, scale, row + lane, lane, staged, rows);
+  for (int64_t first = begin; first < end; first += rows_per_block, partials++) {
+    LaneSums<A> sums;
+    const int64_t last = end - first < rows_per_block ? end : first + rows_per_block;
+    for (Walk walk(p, first, last); walk.count; walk.advance()) {
+      const int64_t row = walk.row, count = walk.count;
+      read_labels(p, row, count, rows, *partials);
+      const T* const z = static_cast<const T*>(p.logits) + walk.offset(p.strides);
+      if (row_walk) {
+        for (int64_t lane = 0; lane < count; lane++) {
+          if (rows.y[lane] == kIgnored) continue;
+          row_statistics<T, A, both>(p, scale, z + lane * p.strides.inner, lane, staged, rows);
+        }
+      } else {
+        tile_statistics<T, A, both>(p, scale, z, count, staged, rows);
       }
-    } else {
-      tile_statistics<T, A, both>(p, scale, row, count, staged, rows);
+      finish_rows(p, options, tables, row, count, rows, sums);
     }
-    finish_rows(p, options, tables, row, count, rows, sums);
-    row += count;
+    sums.add_to(*partials);
   }
-  sums.add_to(partial);
 }
 
 template <typename T>
-void forward(const ForwardArguments& p, int64_t begin, int64_t end, Partial& partial) {
+void forward(const ForwardArguments& p, int64_t begin, int64_t end, int64_t rows_per_block, Partial* partials) {
   using A = typename Accumulate<T>::type;
   const FlushSubnormals flush;
   const Exponentials exponentials(p);
   if (exponentials.both) {
-    forward_rows<T, A, true>(p, Scale<A>(A(p.s)), begin, end, partial);
+    forward_rows<T, A, true>(p, Scale<A>(A(p.s)), begin, end, rows_per_block, partials);
   } else {
-    forward_rows<T, A, false>(p, Scale<A>(A(exponentials.scale)), begin, end, partial);
+    forward_rows<T, A, false>(p, Scale<A>(A(exponentials.scale)), begin, end, rows_per_block, partials);
   }
 }
 
@@ -409,49 +440,97 @@ inline typename M::Value competitor_gradient(typename M::Value d, typename M::Va
   return both ? rc1 * M::exp(d) + rc2 * M::exp(d, s) : rc1 * M::exp(d, s);
 }
 
-template <typename T, typename A, bool both>
-void tile_gradient(const BackwardArguments& p, Scale<A> s, int64_t row, int64_t count, A* staged,
-                   const Coefficients<A>& c) {
+// Classes first, first + 1, ... of whole vectors of rows, in memory or staged: class first + j of row `lane` is
+// z[j * stride + lane]. `grad` may be `z`. Labels y count from class 0.
+template <typename S, typename G, typename A, bool both>
+void class_gradients(const S* z, int64_t stride, G* grad, int64_t grad_stride, int64_t first, int64_t classes,
+                     Scale<A> s, int64_t count, const Coefficients<A>& c, const int32_t* y) {
   using M = VectorMath<A>;
   using V = typename M::Value;
-  const Tile<const T> logits(static_cast<const T*>(p.logits), p.logits_end, p.strides, p, row, count);
-  const Tile<T> grad(static_cast<T*>(p.grad_logits), nullptr, p.grad_strides, p, row, count);
-  const int64_t chunk_size = balanced_chunk(p.classes);
+  for (int64_t j = 0; j < classes; j++) {
+    const S* const from = z + j * stride;
+    G* const to = grad + j * grad_stride;
+    for (int64_t lane = 0; lane < count; lane += M::kLanes) {
+      // The next tile continues here; with as many streams as classes no hardware foresees that.
+      __builtin_prefetch(from + kTileRows + lane);
+      __builtin_prefetch(to + kTileRows + lane, 1);
+      const V d = load(from + lane) - load(&c.m[lane]);
+      const V value = competitor_gradient<M, both>(d, load(&c.rc1[lane]), load(&c.rc2[lane]), s);
+      store(to + lane, M::select(load(&c.live[lane]) == M::of(0), M::of(0), value));
+    }
+  }
+  for (int64_t lane = 0; lane < count; lane++) {
+    const int64_t j = y[lane] - first;
+    if (y[lane] == kIgnored || c.live[lane] == 0 || j < 0 || j >= classes) continue;
+    store_some(grad + j * grad_stride + lane, M::of(c.at_target[lane]), 1);
+  }
+}
+
+// The same for all of a few classes, as in compared_statistics. `streamed` stores pass the caches: with as many streams
+// of writes as classes, fetching what is to be overwritten takes longer than the kernel.
+template <typename S, typename G, typename A, bool both>
+void compared_gradients(const S* z, int64_t stride, G* grad, int64_t grad_stride, int64_t classes, Scale<A> s,
+                        int64_t count, const Coefficients<A>& c, const int32_t* y, bool streamed) {
+  using M = VectorMath<A>;
+  using V = typename M::Value;
+  using Mask = typename M::Mask;
+  for (int64_t lane = 0; lane < count; lane += M::kLanes, z += M::kLanes, grad += M::kLanes) {
+    const V m = load(&c.m[lane]), rc1 = load(&c.rc1[lane]), rc2 = load(&c.rc2[lane]);
+    const V at_target = load(&c.at_target[lane]);
+    const Mask silent = load(&c.live[lane]) == M::of(0), target = M::load_labels(&y[lane]);
+    for (int64_t j = 0; j < classes; j++) {
+      const V competitor = competitor_gradient<M, both>(load(z + j * stride) - m, rc1, rc2, s);
+      const V value = M::select(target == Mask{} + int32_t(j), at_target, competitor);
+      const V result = M::select(silent, M::of(0), value);
+      if (streamed) {
+        stream(grad + j * grad_stride, result);
+      } else {
+        store(grad + j * grad_stride, result);
+      }
+    }
+  }
+}
+
+template <typename T, typename A, bool both>
+void tile_gradient(const BackwardArguments& p, Scale<A> s, int64_t row, const T* z, T* to, int64_t count, A* staged,
+                   const Coefficients<A>& c) {
+  const Tile<const T> logits(z, p.logits_end, p.strides, p.classes, count);
+  const Tile<T> grad(to, nullptr, p.grad_strides, p.classes, count);
   const bool compared = p.classes <= kComparedClasses;
-  int32_t y[kTileRows];
+  const int64_t stride = logits.class_stride, grad_stride = grad.class_stride;
+  alignas(64) int32_t y[kTileRows];
   for (int64_t lane = 0; lane < count; lane++) {
     const int64_t label = p.target[row + lane];
     y[lane] = uint64_t(label) < uint64_t(p.classes) ? int32_t(label) : kIgnored;
   }
+  if (logits.is_whole_vectors(VectorMath<A>::kLanes) && grad.is_whole_vectors(VectorMath<A>::kLanes)) {
+    if (compared) {
+      const bool streamed = p.stream_grad && is_aligned(to) && is_aligned(to + grad_stride);
+      compared_gradients<T, T, A, both>(z, stride, to, grad_stride, p.classes, s, count, c, y, streamed);
+    } else {
+      class_gradients<T, T, A, both>(z, stride, to, grad_stride, 0, p.classes, s, count, c, y);
+    }
+    return;
+  }
+  const int64_t chunk_size = balanced_chunk(p.classes);
   for (int64_t first = 0; first < p.classes; first += chunk_size) {
     const int64_t chunk = p.classes - first < chunk_size ? p.classes - first : chunk_size;
     stage_tile(logits, first, chunk, staged);
-    for (int64_t lane = 0; lane < count; lane += M::kLanes) {
-      const V m = load(&c.m[lane]), rc1 = load(&c.rc1[lane]), rc2 = load(&c.rc2[lane]);
-      const V at_target = load(&c.at_target[lane]);
-      const typename M::Mask silent = load(&c.live[lane]) == M::of(0), target = M::load_labels(&y[lane]);
-      for (int64_t j = 0; j < chunk; j++) {
-        A* const z = staged + j * kTileRows + lane;
-        V grad = competitor_gradient<M, both>(load(z) - m, rc1, rc2, s);
-        if (compared) grad = M::select(target == typename M::Mask{} + int32_t(j), at_target, grad);
-        store(z, M::select(silent, M::of(0), grad));
-      }
-    }
-    for (int64_t lane = 0; lane < count && !compared; lane++) {
-      const int64_t j = y[lane] - first;
-      if (y[lane] >= 0 && c.live[lane] != 0 && j >= 0 && j < chunk) staged[j * kTileRows + lane] = c.at_target[lane];
+    if (compared) {
+      compared_gradients<A, A, A, both>(staged, kTileRows, staged, kTileRows, chunk, s, count, c, y, false);
+    } else {
+      class_gradients<A, A, A, both>(staged, kTileRows, staged, kTileRows, first, chunk, s, count, c, y);
     }
     write_tile(grad, first, chunk, staged);
   }
 }
 
 template <typename T, typename A, bool both>
-void row_gradient(const BackwardArguments& p, Scale<A> s, int64_t row, int64_t lane, const Coefficients<A>& c) {
+void row_gradient(const BackwardArguments& p, Scale<A> s, int64_t y, const T* z, T* grad, int64_t lane,
+                  const Coefficients<A>& c) {
   using M = VectorMath<A>;
   using V = typename M::Value;
   constexpr int kLanes = M::kLanes;
-  const T* z = static_cast<const T*>(p.logits) + offset_of(p, p.strides, row);
-  T* grad = static_cast<T*>(p.grad_logits) + offset_of(p, p.grad_strides, row);
   const int64_t whole = p.classes / kLanes * kLanes, rest = p.classes - whole;
   if (c.live[lane] == 0) {
     for (int64_t j = 0; j < whole; j += kLanes) store(grad + j, M::of(0));
@@ -467,7 +546,6 @@ void row_gradient(const BackwardArguments& p, Scale<A> s, int64_t row, int64_t l
   }
   // In no class here where the classes are a slice. Forward looked at the labels, but not necessarily at these: one
   // that was changed since then must not write elsewhere.
-  const int64_t y = p.target[row];
   if (uint64_t(y) < uint64_t(p.classes)) store_some(grad + y, M::of(c.at_target[lane]), 1);
 }
 
@@ -476,16 +554,19 @@ void backward_rows(const BackwardArguments& p, Scale<A> scale, int64_t begin, in
   const bool row_walk = use_row_walk(p) && p.grad_strides.classes == 1;
   alignas(64) A staged[kTileRows * kTileClasses];
   Coefficients<A> coefficients = {};
-  for (int64_t row = begin; row < end;) {
-    const int64_t limit = end - row < kTileRows ? end - row : kTileRows;
-    const int64_t count = row_walk ? limit : connected_rows(p, row, limit);
+  for (Walk walk(p, begin, end); walk.count; walk.advance()) {
+    const int64_t row = walk.row, count = walk.count;
+    const T* const z = static_cast<const T*>(p.logits) + walk.offset(p.strides);
+    T* const grad = static_cast<T*>(p.grad_logits) + walk.offset(p.grad_strides);
     read_coefficients<A, both>(p, row, count, coefficients);
     if (row_walk) {
-      for (int64_t lane = 0; lane < count; lane++) row_gradient<T, A, both>(p, scale, row + lane, lane, coefficients);
+      for (int64_t lane = 0; lane < count; lane++) {
+        row_gradient<T, A, both>(p, scale, p.target[row + lane], z + lane * p.strides.inner,
+                                 grad + lane * p.grad_strides.inner, lane, coefficients);
+      }
     } else {
-      tile_gradient<T, A, both>(p, scale, row, count, staged, coefficients);
+      tile_gradient<T, A, both>(p, scale, row, z, grad, count, staged, coefficients);
     }
-    row += count;
   }
 }
 
@@ -499,6 +580,7 @@ void backward(const BackwardArguments& p, int64_t begin, int64_t end) {
   } else {
     backward_rows<T, A, false>(p, Scale<A>(A(exponentials.scale)), begin, end);
   }
+  if (p.stream_grad) fence();
 }
 
 }  // namespace LMF_ISA

@@ -18,34 +18,41 @@ inline int64_t balanced_chunk(int64_t classes) {
   return (classes + chunks - 1) / chunks;
 }
 
-inline int64_t offset_of(const Problem& p, const Strides& strides, int64_t row) {
-  return row / p.inner_size * strides.outer + row % p.inner_size * strides.inner;
-}
+// Rows [begin, end) in tiles of at most kTileRows rows that one stride connects; without a division a tile.
+class Walk {
+ public:
+  int64_t row, count;  // of the tile; none is left when the count is 0
 
-// The number of rows from `row` on that one stride connects, at most `limit`.
-inline int64_t connected_rows(const Problem& p, int64_t row, int64_t limit) {
-  const int64_t left = p.inner_size - row % p.inner_size;
-  return left < limit ? left : limit;
-}
+  Walk(const Problem& p, int64_t begin, int64_t end)
+      : row(begin),
+        count(0),
+        end_(end),
+        inner_size_(p.inner_size),
+        outer_(begin / p.inner_size),
+        inner_(begin % p.inner_size) {
+    measure();
+  }
+  // Of the tile's first row, in elements.
+  int64_t offset(const Strides& strides) const { return outer_ * strides.outer + inner_ * strides.inner; }
+  void advance() {
+    row += count;
+    inner_ += count;
+    if (inner_ == inner_size_) {
+      inner_ = 0;
+      outer_++;
+    }
+    measure();
+  }
 
-// The first `count` elements at p, or all lanes if there are fewer; the other lanes are 0.
-template <typename T>
-inline auto load_some(const T* p, int64_t count) {
-  constexpr int kLanes = VectorMath<typename Accumulate<T>::type>::kLanes;
-  T lanes[kLanes] = {};
-  for (int lane = 0; lane < kLanes && lane < count; lane++) lanes[lane] = p[lane];
-  return load(lanes);
-}
-
-// Stores the first `count` lanes, or all if there are fewer.
-template <typename T, typename V>
-inline void store_some(T* p, V v, int64_t count) {
-  constexpr int kLanes = VectorMath<typename Accumulate<T>::type>::kLanes;
-  if (count >= kLanes) return store(p, v);
-  T lanes[kLanes];
-  store(lanes, v);
-  for (int lane = 0; lane < count; lane++) p[lane] = lanes[lane];
-}
+ private:
+  void measure() {
+    const int64_t connected = inner_size_ - inner_, left = end_ - row;
+    count = connected < left ? connected : left;
+    if (count > kTileRows) count = kTileRows;
+  }
+  const int64_t end_, inner_size_;
+  int64_t outer_, inner_;
+};
 
 // Rows that one stride connects, and all their classes.
 template <typename T>
@@ -54,15 +61,11 @@ struct Tile {
   const void* end;  // of the tensor's memory; null where nothing may be touched beyond a row
   int64_t class_stride, row_stride, classes, rows;
 
-  Tile(T* base, const void* end, const Strides& strides, const Problem& p, int64_t row, int64_t rows)
-      : z(base + offset_of(p, strides, row)),
-        end(end),
-        class_stride(strides.classes),
-        row_stride(strides.inner),
-        classes(p.classes),
-        rows(rows) {}
+  Tile(T* z, const void* end, const Strides& strides, int64_t classes, int64_t rows)
+      : z(z), end(end), class_stride(strides.classes), row_stride(strides.inner), classes(classes), rows(rows) {}
 
   bool rows_are_neighbours() const { return row_stride == 1; }
+  bool is_whole_vectors(int lanes) const { return rows_are_neighbours() && rows % lanes == 0; }
   bool classes_are_neighbours() const { return class_stride == 1 && classes <= kTileMostContiguousClasses; }
 };
 

@@ -9,7 +9,7 @@
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define LMF_HD __host__ __device__ __forceinline__
 #else
-#define LMF_HD inline
+#define LMF_HD inline __attribute__((always_inline))
 #endif
 
 namespace lmf {
@@ -22,8 +22,12 @@ struct ScalarMath {
   using Mask = bool;
   static LMF_HD T of(T x) { return x; }
   static LMF_HD T exp(T x) { return ::exp(x); }
-  static LMF_HD T log(T x) { return ::log(x); }
   static LMF_HD T log1p(T x) { return ::log1p(x); }
+  // x^gamma for x in [0, 1]; what is below the normal numbers counts as the smallest of them.
+  static LMF_HD T power(T x, T gamma) {
+    constexpr T smallest = std::numeric_limits<T>::min();
+    return ::exp(gamma * ::log(x < smallest ? smallest : x));
+  }
   static LMF_HD T ratio(T x, T y) { return x / y; }  // y >= 1
   static LMF_HD T select(bool condition, T yes, T no) { return condition ? yes : no; }
 };
@@ -46,76 +50,76 @@ struct Term {
   typename Math::Value loss, c, g;
 };
 
-// softplus(x) and sigmoid(x) of both signs from one exponential and one logarithm; accurate relative to their values.
+// softplus(x) and sigmoid(x) of both signs for the log-odds x = u + log(t), t >= 1, by eq. 9: one exponential and one
+// logarithm; accurate relative to their values.
 template <typename Math>
 struct LogOdds {
   using Value = typename Math::Value;
   using Scalar = typename Math::Scalar;
-  Value softplus, softplus_negative, sigmoid, sigmoid_negative;
+  Value softplus, sigmoid, sigmoid_negative;
+  Value share;  // sigmoid / t
 
-  LMF_HD explicit LogOdds(Value x) {
+  LMF_HD LogOdds(Value u, Value t) {
     const Value zero = Math::of(Scalar(0)), one = Math::of(Scalar(1));
-    const auto positive = x > zero;
-    const Value e = Math::exp(Math::select(positive, -x, x));
-    const Value tail = Math::log1p(e);
-    const Value inverse = Math::ratio(one, one + e);
-    softplus = Math::select(positive, x, zero) + tail;
-    softplus_negative = Math::select(positive, zero, -x) + tail;
-    sigmoid = Math::select(positive, one, e) * inverse;
+    const auto positive = u > zero;
+    const Value e = Math::exp(Math::select(positive, -u, u));
+    const Value y = Math::select(positive, (t - one) + e, t * e);
+    const Value inverse = Math::ratio(one, one + y);
+    softplus = Math::select(positive, u, zero) + Math::log1p(y);
+    share = Math::select(positive, one, e) * inverse;
+    sigmoid = t * share;
     sigmoid_negative = Math::select(positive, e, one) * inverse;
   }
 };
 
-// Edges 1, 3 and 5: rows whose loss and gradient in this term are stored zeros, whatever their logits hold.
+// m - z_y, with edge 4 (z_y = +inf, or z_y = -inf without a finite competitor; NaN elsewhere is already in t1 and t2)
+// and the rows of edges 1 and 5, whose terms are stored zeros, whatever their logits hold.
 template <typename Math>
-LMF_HD Term<Math> silenced(typename Math::Mask silent, Term<Math> term) {
-  const auto zero = Math::of(typename Math::Scalar(0));
-  return {Math::select(silent, zero, term.loss), Math::select(silent, zero, term.c),
-          Math::select(silent, zero, term.g)};
-}
+struct Gap {
+  typename Math::Value value;
+  typename Math::Mask silent;
 
-// Edge 4: z_y = +inf, or z_y = -inf without a finite competitor; NaN elsewhere is already in t1 and t2.
+  LMF_HD Gap(const Statistics<Math>& row, typename Math::Mask ignored) {
+    using Scalar = typename Math::Scalar;
+    const auto infinity = Math::of(std::numeric_limits<Scalar>::infinity());
+    const auto nan = Math::of(std::numeric_limits<Scalar>::quiet_NaN());
+    const typename Math::Mask alone = row.t1 == Math::of(Scalar(0));
+    value = Math::select((row.z_y == infinity) | (alone & (row.z_y == -infinity)), nan, row.m - row.z_y);
+    silent = ignored | (alone & (value == value));
+  }
+};
+
+// Edge 3 as well: zeros where the class weight is zero.
 template <typename Math>
-LMF_HD typename Math::Value log_odds_gap(const Statistics<Math>& row, typename Math::Mask alone) {
-  using Scalar = typename Math::Scalar;
-  const auto infinity = Math::of(std::numeric_limits<Scalar>::infinity());
-  const auto nan = Math::of(std::numeric_limits<Scalar>::quiet_NaN());
-  return Math::select((row.z_y == infinity) | (alone & (row.z_y == -infinity)), nan, row.m - row.z_y);
+LMF_HD Term<Math> unless_silent(typename Math::Mask silent, typename Math::Value weight, Term<Math> term) {
+  const auto zero = Math::of(typename Math::Scalar(0));
+  const typename Math::Mask none = silent | (weight == zero);
+  return {Math::select(none, zero, term.loss), Math::select(none, zero, term.c), Math::select(none, zero, term.g)};
 }
 
 // beta * w_focal * sigmoid(a)^gamma * softplus(a): eq. 2 to 5.
 template <typename Math>
-LMF_HD Term<Math> focal_term(const Statistics<Math>& row, typename Math::Mask ignored, typename Math::Value w_focal,
+LMF_HD Term<Math> focal_term(const Gap<Math>& gap, typename Math::Value t1, typename Math::Value w_focal,
                              const Options<typename Math::Scalar>& o) {
   using Scalar = typename Math::Scalar;
   using Value = typename Math::Value;
-  const typename Math::Mask alone = row.t1 == Math::of(Scalar(0));
-  const Value gap = log_odds_gap<Math>(row, alone);
-  const Value a = gap + Math::log(row.t1);
-  const LogOdds<Math> odds(a);
-  const Value modulation = Math::exp(-o.gamma * odds.softplus_negative);
+  const LogOdds<Math> odds(gap.value, t1);
+  const Value modulation = Math::power(odds.sigmoid, o.gamma);
   // At a = +inf sigmoid(-a) = 0 meets softplus(a) = inf; their product's limit is 0 (edge 6).
   const Value largest = Math::of(std::numeric_limits<Scalar>::max());
   const Value bounded = Math::select(odds.softplus > largest, largest, odds.softplus);
   const Value slope = modulation * (odds.sigmoid + o.gamma * odds.sigmoid_negative * bounded);
   const Value g = o.beta * w_focal * slope;
-  return silenced<Math>(ignored | (w_focal == Math::of(Scalar(0))) | (alone & (gap == gap)),
-                        {w_focal * (modulation * odds.softplus), Math::ratio(g, row.t1), g});
+  return unless_silent<Math>(gap.silent, w_focal, {w_focal * (modulation * odds.softplus), Math::ratio(g, t1), g});
 }
 
 // alpha * w_ldam * softplus(b): eq. 2, 3 and 6.
 template <typename Math>
-LMF_HD Term<Math> ldam_term(const Statistics<Math>& row, typename Math::Mask ignored, typename Math::Value margin,
+LMF_HD Term<Math> ldam_term(const Gap<Math>& gap, typename Math::Value t2, typename Math::Value margin,
                             typename Math::Value w_ldam, const Options<typename Math::Scalar>& o) {
-  using Scalar = typename Math::Scalar;
-  using Value = typename Math::Value;
-  const typename Math::Mask alone = row.t2 == Math::of(Scalar(0));
-  const Value gap = log_odds_gap<Math>(row, alone);
-  const Value b = o.s * (gap + margin) + Math::log(row.t2);
-  const LogOdds<Math> odds(b);
-  const Value g = o.alpha * o.s * w_ldam * odds.sigmoid;
-  return silenced<Math>(ignored | (w_ldam == Math::of(Scalar(0))) | (alone & (gap == gap)),
-                        {w_ldam * odds.softplus, Math::ratio(g, row.t2), g});
+  const LogOdds<Math> odds(o.s * (gap.value + margin), t2);
+  const typename Math::Value c = o.alpha * o.s * w_ldam * odds.share;
+  return unless_silent<Math>(gap.silent, w_ldam, {w_ldam * odds.softplus, c, c * t2});
 }
 
 }  // namespace lmf

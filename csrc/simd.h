@@ -10,6 +10,8 @@
 #include <cstring>
 #include <limits>
 
+#include "lmf_math.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -104,7 +106,7 @@ struct VectorMath<float> {
   static inline i32v load_labels(const int32_t* y) { return load_bits<i32v>(y); }
   static inline f32v gather(const float* table, i32v index) {
 #if LMF_VECTOR_BYTES == 64
-    return (f32v)_mm512_i32gather_ps((__m512i)index, table, 4);
+    return (f32v)_mm512_mask_i32gather_ps(__m512{}, 0xffff, (__m512i)index, table, 4);
 #elif LMF_VECTOR_BYTES == 32
     return (f32v)_mm256_i32gather_ps(table, (__m256i)index, 4);
 #else
@@ -173,7 +175,7 @@ struct VectorMath<float> {
     return f - (half_square - q * (half_square + r));
   }
 
-  // log(x) for x >= 1, NaN for NaN.
+  // log(x) for normal x, NaN for NaN.
   static inline f32v log(f32v x) {
     constexpr float kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
     constexpr int32_t kSqrtHalf = 0x3f3504f3;
@@ -184,11 +186,35 @@ struct VectorMath<float> {
     return n * kLn2High + (log1p_reduced(mantissa - 1.0f) + (n * kLn2Low + special));
   }
 
-  // log(1 + x) for x in [0, 1].
+  static inline f32v sqrt(f32v x) {
+#if LMF_VECTOR_BYTES == 64
+    return (f32v)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
+#elif LMF_VECTOR_BYTES == 32
+    return (f32v)_mm256_sqrt_ps((__m256)x);
+#else
+    for (int lane = 0; lane < kLanes; lane++) x[lane] = __builtin_sqrtf(x[lane]);
+    return x;
+#endif
+  }
+  // x^gamma for x in [0, 1]; what is below the normal numbers counts as the smallest of them.
+  static inline f32v power(f32v x, float gamma) {
+    const int twice = gamma <= 4.0f ? int(2.0f * gamma) : -1;
+    if (float(twice) == 2.0f * gamma) {  // by roots and products, which are as exact and cheaper
+      f32v result = twice & 1 ? sqrt(x) : of(1.0f);
+      for (int k = twice / 2; k > 0; k--) result *= x;
+      return result;
+    }
+    constexpr float smallest = std::numeric_limits<float>::min();
+    return exp(gamma * log(x < smallest ? of(smallest) : x));
+  }
+
+  // log(1 + x) for x >= 0, NaN for NaN: 1 + x = 2^n (1 + f), where f loses nothing of a small x.
   static inline f32v log1p(f32v x) {
-    const i32v large = x > 0.41421356f;
-    const f32v f = large ? 0.5f * (x - 1.0f) : x;  // 1 + x = 2 (1 + f)
-    return log1p_reduced(f) + (large ? of(0.693147181f) : of(0.0f));
+    constexpr int32_t kSqrtHalf = 0x3f3504f3, kOne = 0x3f800000;
+    const i32v shifted = (reinterpret_cast<i32v>(1.0f + x) - kSqrtHalf) & ~0x7fffff;  // n, where the exponent is
+    const f32v scale = reinterpret_cast<f32v>(kOne - shifted);                        // 2^-n
+    const f32v n = __builtin_convertvector(shifted >> 23, f32v);
+    return n * 0.693147181f + log1p_reduced(x * scale + (scale - 1.0f));
   }
 };
 
@@ -229,8 +255,8 @@ struct VectorMath<double> {
   static inline f64v exp(f64v x) {
     return map(x, [](double v) { return __builtin_exp(v); });
   }
-  static inline f64v log(f64v x) {
-    return map(x, [](double v) { return __builtin_log(v); });
+  static inline f64v power(f64v x, double gamma) {
+    return map(x, [gamma](double v) { return ScalarMath<double>::power(v, gamma); });
   }
   static inline f64v log1p(f64v x) {
     return map(x, [](double v) { return __builtin_log1p(v); });
@@ -266,27 +292,26 @@ using u16v = VectorOf<uint16_t, LMF_VECTOR_BYTES / 2>::type;
 
 inline f32v load(const float* p) { return load_bits<f32v>(p); }
 inline f64v load(const double* p) { return load_bits<f64v>(p); }
-inline void store(float* p, f32v v) { std::memcpy(p, &v, sizeof(v)); }
-inline void store(double* p, f64v v) { std::memcpy(p, &v, sizeof(v)); }
+inline f32v rounded(const float*, f32v v) { return v; }
+inline f64v rounded(const double*, f64v v) { return v; }
 
 inline f32v load(const BFloat16* p) {
   const i32v wide = __builtin_convertvector(load_bits<u16v>(p), i32v);
   return reinterpret_cast<f32v>(wide << 16);
 }
 
-inline void store(BFloat16* p, f32v v) {
+inline u16v rounded(const BFloat16*, f32v v) {
   const i32v bits = reinterpret_cast<i32v>(v);
   const i32v nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const u16v narrow = __builtin_convertvector(v == v ? nearest_even : i32v{} + 0x7fc0, u16v);
-  std::memcpy(p, &narrow, sizeof(narrow));
+  return __builtin_convertvector(v == v ? nearest_even : i32v{} + 0x7fc0, u16v);
 }
 
 #if LMF_VECTOR_BYTES == 64 && defined(__AVX512F__)
 inline f32v load(const Half* p) { return (f32v)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-inline void store(Half* p, f32v v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0)); }
+inline u16v rounded(const Half*, f32v v) { return (u16v)_mm512_cvtps_ph((__m512)v, 0); }
 #elif LMF_VECTOR_BYTES == 32 && defined(__F16C__)
 inline f32v load(const Half* p) { return (f32v)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-inline void store(Half* p, f32v v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, 0)); }
+inline u16v rounded(const Half*, f32v v) { return (u16v)_mm256_cvtps_ph((__m256)v, 0); }
 #else
 // Half precision without conversion instructions. Scaling by a power of two moves the exponent bias and normalises
 // subnormals in one exact multiplication; infinity and NaN keep their all-ones exponent.
@@ -299,7 +324,7 @@ inline f32v load(const Half* p) {
   return reinterpret_cast<f32v>(bits | ((wide & 0x8000) << 16));
 }
 
-inline void store(Half* p, f32v v) {
+inline u16v rounded(const Half*, f32v v) {
   const i32v bits = reinterpret_cast<i32v>(v);
   const i32v sign = (bits >> 16) & 0x8000;
   const i32v magnitude = bits & 0x7fffffff;
@@ -310,10 +335,67 @@ inline void store(Half* p, f32v v) {
   i32v half = magnitude < (113 << 23) ? subnormal : normal;
   half = magnitude >= (143 << 23) ? i32v{} + 0x7c00 : (half > 0x7c00 ? i32v{} + 0x7c00 : half);
   half = v == v ? half : i32v{} + 0x7e00;
-  const u16v narrow = __builtin_convertvector(half | sign, u16v);
-  std::memcpy(p, &narrow, sizeof(narrow));
+  return __builtin_convertvector(half | sign, u16v);
 }
 #endif
+
+// To memory, rounded to its type.
+template <typename T, typename V>
+inline void store(T* p, V v) {
+  const auto values = rounded(p, v);
+  std::memcpy(p, &values, sizeof(values));
+}
+
+// The first `count` elements at p, or all lanes if there are fewer; the other lanes are 0.
+template <typename T>
+inline auto load_some(const T* p, int64_t count) {
+  constexpr int kLanes = VectorMath<typename Accumulate<T>::type>::kLanes;
+  T lanes[kLanes] = {};
+  for (int lane = 0; lane < kLanes && lane < count; lane++) lanes[lane] = p[lane];
+  return load(lanes);
+}
+
+// Stores the first `count` lanes, or all if there are fewer.
+template <typename T, typename V>
+inline void store_some(T* p, V v, int64_t count) {
+  constexpr int kLanes = VectorMath<typename Accumulate<T>::type>::kLanes;
+  if (count >= kLanes) return store(p, v);
+  T lanes[kLanes];
+  store(lanes, v);
+  for (int lane = 0; lane < count; lane++) p[lane] = lanes[lane];
+}
+
+// To memory past the caches, for what nobody reads soon; p must be aligned to what is written, and `fence` follow.
+template <typename T, typename V>
+inline void stream(T* p, V v) {
+#if defined(__x86_64__)
+  const auto values = rounded(p, v);
+  if constexpr (sizeof(values) == 16) {
+    return _mm_stream_si128((__m128i*)p, (__m128i)values);
+#if LMF_VECTOR_BYTES >= 32
+  } else if constexpr (sizeof(values) == 32) {
+    return _mm256_stream_si256((__m256i*)p, (__m256i)values);
+#endif
+#if LMF_VECTOR_BYTES >= 64
+  } else if constexpr (sizeof(values) == 64) {
+    return _mm512_stream_si512((__m512i*)p, (__m512i)values);
+#endif
+  }
+#endif
+  store(p, v);
+}
+
+inline void fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+template <typename T>
+inline bool is_aligned(const T* p) {
+  constexpr int bytes = LMF_VECTOR_BYTES / sizeof(typename Accumulate<T>::type) * sizeof(T);
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
 
 // ---- transposition -------------------------------------------------------------------------------------------------
 

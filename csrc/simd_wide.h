@@ -7,7 +7,7 @@
 namespace lmf {
 namespace LMF_ISA {
 
-constexpr int kWide = 4;
+constexpr int kWide = 2;
 
 template <typename V>
 struct Wide {
@@ -16,9 +16,9 @@ struct Wide {
 
 template <typename Function>
 inline auto each(Function function) {
-  return Wide<decltype(function(0))>{{function(0), function(1), function(2), function(3)}};
+  return Wide<decltype(function(0))>{{function(0), function(1)}};
 }
-static_assert(kWide == 4, "each() names every part");
+static_assert(kWide == 2, "each() names every part");
 
 #define LMF_WIDE_OPERATOR(OP)                                   \
   template <typename V>                                         \
@@ -58,11 +58,11 @@ struct WideMath {
   static inline Value exp(const Value& x) {
     return each([&](int i) { return M::exp(x.v[i]); });
   }
-  static inline Value log(const Value& x) {
-    return each([&](int i) { return M::log(x.v[i]); });
-  }
   static inline Value log1p(const Value& x) {
     return each([&](int i) { return M::log1p(x.v[i]); });
+  }
+  static inline Value power(const Value& x, Scalar gamma) {
+    return each([&](int i) { return M::power(x.v[i], gamma); });
   }
   static inline Value ratio(const Value& x, const Value& y) {
     return each([&](int i) { return M::ratio(x.v[i], y.v[i]); });
@@ -77,10 +77,21 @@ inline auto load_wide(const A* p) {
   return each([&](int i) { return load(p + i * VectorMath<A>::kLanes); });
 }
 
+// Stores the first `count` lanes, or all if there are fewer.
+template <typename A, typename V>
+inline void store_wide(A* p, const Wide<V>& x, int64_t count) {
+  constexpr int kLanes = VectorMath<A>::kLanes;
+  if (count >= kWide * kLanes) {
+    for (int i = 0; i < kWide; i++) store(p + i * kLanes, x.v[i]);
+  } else {
+    for (int i = 0; i < kWide; i++) store_some(p + i * kLanes, x.v[i], count - i * kLanes);
+  }
+}
+
 // The sum of the parts, in a fixed order.
 template <typename V>
 inline V sum_parts(const Wide<V>& x) {
-  return (x.v[0] + x.v[1]) + (x.v[2] + x.v[3]);
+  return x.v[0] + x.v[1];
 }
 
 }  // namespace LMF_ISA

@@ -117,7 +117,8 @@ def lmf_loss(
 
     alpha, beta = float(alpha), float(beta)
     if input.dtype != torch.float64:  # a kernel skips a term whose coefficient is 0 in float32, denominator and all
-        alpha, beta = (0.0 if coefficient < _TINY else coefficient for coefficient in (alpha, beta))
+        alpha = 0.0 if alpha < _TINY else alpha
+        beta = 0.0 if beta < _TINY else beta
 
     arguments = (
         logits, target, margins, ldam_weight, focal_weight, ldam_normalizer, focal_normalizer,
@@ -146,7 +147,7 @@ def check_options(
     for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma), ("s", s)):
         if not isinstance(value, (float, int, numbers.Real)):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-        if not 0 <= as_float(value) < math.inf:
+        if not 0 <= (value if type(value) is float else as_float(value)) < math.inf:
             raise ValueError(f"{name} must be finite and {'>' if name == 's' else '>='} 0, got {value}")
     if s == 0:
         raise ValueError(f"s must be finite and > 0, got {s}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import INTERPRETED
+from checks import INTERPRETED, check
 
 from lmf_kernels import lmf_loss
 
@@ -67,6 +67,37 @@ def test_tails_of_every_size(dtype, class_first):
             loss, grad = _loss_and_gradient(z, labels[:rows])
             torch.testing.assert_close(loss, want[0][:rows], rtol=2e-5, atol=1e-30)
             torch.testing.assert_close(grad, want[1][:rows])
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.25, 4.5, 7.0])
+def test_powers_by_products_and_by_logarithms(gamma):
+    """Half-integer exponents take another way; confident, even and hopeless rows."""
+    gaps = torch.tensor([-60.0, -30.0, -8.0, -1.0, -1e-3, 0.0, 1e-3, 1.0, 8.0, 30.0, 60.0])
+    z = torch.stack((gaps, torch.zeros(11), torch.full((11,), -0.5)), 1)
+    check(z, torch.zeros(11, dtype=torch.int64), "native", gamma=gamma, reduction="none", beta=2.0, alpha=0.0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((8, 5, 256, 256), torch.float32),
+        ((16, 5, 256, 256), torch.bfloat16),
+        ((8, 3, 256, 256), torch.float64),
+        ((4, 16, 257, 171), torch.float32),  # no row of pixels is aligned
+        ((8, 21, 256, 256), torch.float32),
+        ((9, 1_000_003), torch.float32),
+    ],
+    ids=str,
+)
+def test_large_gradients_are_those_of_small_ones(shape, dtype):
+    """Gradients that are streamed past the caches, or that ask for huge pages, against those of one sample each."""
+    z = 3 * torch.randn(shape, dtype=dtype)
+    y = torch.randint(0, shape[1], (shape[0], *shape[2:]))
+    loss, grad = _loss_and_gradient(z, y)
+    for sample in range(shape[0]):
+        want = _loss_and_gradient(z[sample : sample + 1], y[sample : sample + 1])
+        assert torch.equal(loss[sample : sample + 1], want[0])
+        assert torch.equal(grad[sample : sample + 1], want[1])
 
 
 def _loss_and_gradient(z, y):
