@@ -131,36 +131,8 @@ __device__ __forceinline__ void reduce_totals(const ForwardParams& p, A (&totals
 template <typename T, int n>
 __global__ void __launch_bounds__(kFlatThreads, sizeof(T) == 8 ? 4 : 7) forward_flat(const ForwardParams p) {
   using A = Acc<T>;
-  extern __shared__ uint4 dynamic[];
-  __shared__ Tile<A, n, kFlatThreads> tile;
-  T* logits = reinterpret_cast<T*>(dynamic);
-  const int classes = p.work.classes;
-  const Rates<A, n> rates(p.work);
-  int head = 0;
-  const auto load = [&](int64_t row, int count) {
-    const T* source = static_cast<const T*>(p.logits) + row * classes;
-    head = misalignment(source);
-    load_flat(source, count * classes, logits, head);
-  };
-  const auto sum = [&](int64_t, int count) {
-    const int i = threadIdx.x;
-    if (i >= count) return;
-    T* z = logits + head + i * classes;
-    const int y = tile.label[i];
-    Sums<A, n> sums;
-    for_classes(z, classes, [&](int j, T z_j) { sums.m = j == y ? sums.m : fmax(sums.m, widen(z_j)); });
-    const A origin = sums.origin(sums.m);
-    for_classes(z, classes, [&](int j, T z_j) {
-      const A d = j == y ? -infinity<A>() : widen(z_j) - origin;
-#pragma unroll
-      for (int term = 0; term < n; term++) sums.t[term] += exponential(d, rates.rate[term]);
-    });
-    tile.put(i, sums);
-    if (y >= 0) tile.z_y[i] = widen(z[y]);
-  };
   A totals[kTotals] = {};
-  const auto finish = finish_into<A, n>(p, totals);
-  for_tiles<kFlatThreads>(p, tile, rates, Tiling(p.work.rows.count, kFlatThreads), 1, load, sum, finish);
+  flat_rows<T, n>(p, finish_into<A, n>(p, totals));
   reduce_totals<kFlatThreads>(p, totals);
 }
 
@@ -191,8 +163,7 @@ template <typename T, int V, int n>
 __global__ void __launch_bounds__(kPixelsThreads, 4) forward_pixels(const ForwardParams p) {
   using A = Acc<T>;
   A totals[kTotals] = {};
-  const auto finish = finish_into<A, n>(p, totals);
-  pixel_rows<T, V, n>(p, finish);
+  pixel_rows<T, V, n>(p, finish_into<A, n>(p, totals));
   reduce_totals<kPixelsThreads>(p, totals);
 }
 

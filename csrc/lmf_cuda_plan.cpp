@@ -98,7 +98,8 @@ static Launch plan(Work& work, Element element, const Steps& strides, int64_t st
 
 // Blocks walk over the tiles, so that few of them have something to add up.
 template <typename Params>
-static Launch plan_sums(Params& p, Element element, bool flat, bool dense, int multiprocessors) {
+static Launch plan_sums(Params& p, Element element, bool dense, int multiprocessors) {
+  const bool flat = p.work.rows.levels == 1 && p.stride_c == 1 && p.strides.s2 == p.work.classes;
   const bool wide = aligned(p.logits, p.strides, p.stride_c, p.work.rows, bytes_of(element));
   Launch launch = plan(p.work, element, p.strides, p.stride_c, flat, wide, dense, multiprocessors);
   const unsigned most = static_cast<unsigned>(multiprocessors) *
@@ -108,13 +109,12 @@ static Launch plan_sums(Params& p, Element element, bool flat, bool dense, int m
 }
 
 Launch plan_forward(ForwardParams& p, Element element, int multiprocessors) {
-  const bool flat = p.work.rows.levels == 1 && p.stride_c == 1 && p.strides.s2 == p.work.classes;
-  return plan_sums(p, element, flat, p.strides.s2 == 1, multiprocessors);
+  return plan_sums(p, element, p.strides.s2 == 1, multiprocessors);
 }
 
-// Neither flat nor planes: see lmf_cuda_statistics.cu.
+// Without planes: see lmf_cuda_statistics.cu.
 Launch plan_statistics(StatisticsParams& p, Element element, int multiprocessors) {
-  return plan_sums(p, element, false, false, multiprocessors);
+  return plan_sums(p, element, false, multiprocessors);
 }
 
 Launch plan_backward(BackwardParams& p, Element element, int multiprocessors) {

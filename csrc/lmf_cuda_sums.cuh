@@ -100,6 +100,41 @@ __device__ __forceinline__ void for_tiles(const Params& p, Tile<A, n, rows>& til
   }
 }
 
+// ---- few classes ---------------------------------------------------------------------------------------------------
+
+template <typename T, int n, typename Params, typename Finish>
+__device__ __forceinline__ void flat_rows(const Params& p, const Finish& finish) {
+  using A = Acc<T>;
+  extern __shared__ uint4 dynamic[];
+  __shared__ Tile<A, n, kFlatThreads> tile;
+  T* logits = reinterpret_cast<T*>(dynamic);
+  const int classes = p.work.classes;
+  const Rates<A, n> rates(p.work);
+  int head = 0;
+  const auto load = [&](int64_t row, int count) {
+    const T* source = static_cast<const T*>(p.logits) + row * classes;
+    head = misalignment(source);
+    load_flat(source, count * classes, logits, head);
+  };
+  const auto sum = [&](int64_t, int count) {
+    const int i = threadIdx.x;
+    if (i >= count) return;
+    T* z = logits + head + i * classes;
+    const int y = tile.label[i];
+    Sums<A, n> sums;
+    for_classes(z, classes, [&](int j, T z_j) { sums.m = j == y ? sums.m : fmax(sums.m, widen(z_j)); });
+    const A origin = sums.origin(sums.m);
+    for_classes(z, classes, [&](int j, T z_j) {
+      const A d = j == y ? -infinity<A>() : widen(z_j) - origin;
+#pragma unroll
+      for (int term = 0; term < n; term++) sums.t[term] += exponential(d, rates.rate[term]);
+    });
+    tile.put(i, sums);
+    if (y >= 0) tile.z_y[i] = widen(z[y]);
+  };
+  for_tiles<kFlatThreads>(p, tile, rates, Tiling(p.work.rows.count, kFlatThreads), 1, load, sum, finish);
+}
+
 // ---- neighbouring classes are neighbours in memory
 // -------------------------------------------------------------------
 

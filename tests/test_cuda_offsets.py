@@ -58,7 +58,7 @@ def test_last_block_of_a_huge_launch(kernel, cuda):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["rows", "pixels 1", "pixels 8"])
+@pytest.mark.parametrize("kernel", ["flat", "rows", "pixels 1", "pixels 8"])
 def test_last_block_of_huge_statistics_and_of_a_gradient_over_the_logits(kernel, cuda):
     shape, tile = LAST_BLOCK[kernel]
     rows = shape[0] * (shape[2] if len(shape) == 3 else 1)

@@ -45,8 +45,7 @@ def test_values(shape, dtype, layout, terms, part, cuda):
     statistics(cuda, z, y, FIRST[part], *terms)
     (launch,) = cuda.launches
     if layout in ("contiguous", "misaligned"):
-        expected = {"flat": "rows", "planes": "pixels"}.get(kernel, kernel)
-        assert launch.kernel.split()[0] == f"statistics_{expected}"
+        assert launch.kernel.split()[0] == f"statistics_{'pixels' if kernel == 'planes' else kernel}"
 
 
 @pytest.mark.parametrize("base", ["aligned", "misaligned"])
@@ -59,7 +58,7 @@ def test_cases_shared_with_forward(how, shape, dtype, arch, base, where, cuda):
     statistics(cuda, misaligned(z) if base == "misaligned" else z, labels(shape, 1), 1, 1.0, 1.0, 5.0)
 
 
-@pytest.mark.parametrize("shape", ["rows, lanes", "rows, split", "pixels"])
+@pytest.mark.parametrize("shape", ["flat, one block", "rows, lanes", "rows, split", "pixels"])
 def test_ignore_index_is_a_label_of_the_whole(shape, cuda):
     """Not of the slice, and it wins over a class of that number."""
     size, cuda.multiprocessors, _ = SHAPES[shape]
@@ -90,7 +89,7 @@ def test_special_values_as_the_other_backends(cuda):
     test_row_statistics.test_special_values("native")
 
 
-@pytest.mark.parametrize("shape", ["rows, lanes", "rows, several warps", "rows, many split", "pixels", "pixels, wide"])
+@pytest.mark.parametrize("shape", ["flat", "rows, lanes", "rows, several warps", "rows, many split", "pixels"])
 def test_order_of_blocks_does_not_change_a_bit(shape, cuda):
     size, cuda.multiprocessors, _ = SHAPES[shape]
     cuda.multiprocessors = max(cuda.multiprocessors, 3)
@@ -111,7 +110,10 @@ def test_nothing_to_do(cuda):
 
 
 # shape, multiprocessors, blocks that share a row
-TRAFFIC = [((48, 1000), 132, 1), ((48, 1024), 1, 1), ((4, 8192), 8, 1), ((2, 40000), 132, 5), ((2, 10, 32, 40), 1, 1)]
+TRAFFIC = [
+    ((256, 16), 132, 1), ((48, 1000), 132, 1), ((48, 1024), 1, 1), ((4, 8192), 8, 1), ((2, 40000), 132, 5),
+    ((2, 10, 32, 40), 1, 1),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("shape, multiprocessors, share", TRAFFIC)
