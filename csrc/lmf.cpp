@@ -195,7 +195,7 @@ TORCH_LIBRARY(lmf_kernels, m) {
   m.def(
       "native_backward(Tensor grad_output, Tensor logits, Tensor target, Tensor stats, Tensor denominators, "
       "float alpha, float beta, float s) -> Tensor");
-  // For logits that are the package's own chunks (lmf_kernels/linear.py). On the CPU alone so far.
+  // For logits that are the package's own chunks (lmf_kernels/linear.py).
   m.def(
       "native_backward_(Tensor grad_output, Tensor(a!) logits, Tensor target, Tensor stats, Tensor denominators, "
       "float alpha, float beta, float s) -> ()");

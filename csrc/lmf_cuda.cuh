@@ -219,7 +219,7 @@ struct Tiling {
 };
 
 // A tile's labels: a class, or one of these.
-constexpr int kIgnored = -1, kBad = -2;
+constexpr int kIgnored = -1, kBad = -2, kElsewhere = -3;  // of another slice, or ignored
 
 // Which rows a tile of the rows regime has, and which lanes.
 struct Group {

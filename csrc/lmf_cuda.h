@@ -81,13 +81,26 @@ struct ForwardParams {
   int reduction;
 };
 
+struct StatisticsParams {
+  const void* logits;     // (N, C, d...)
+  const int64_t* target;  // (N, d...)
+  void* statistics;       // (4, rows) = m, t1, t2, z_y; z_y = 0 where the target is not in the slice
+  void* partials;         // (words, blocks): m, t1, t2 of each chunk of a row
+  Counter* counter;       // 0 between launches
+
+  Work work;
+  Steps strides, target_strides;
+  int64_t stride_c;
+  int64_t first_class, ignore_index;
+};
+
 struct BackwardParams {
   const void* grad_output;  // () or (N, d...)
   const void* logits;
   const int64_t* target;
   const void* stats;
   const void* denominators;
-  void* grad_logits;
+  void* grad_logits;  // may be the logits: nobody reads an element once its gradient is written
 
   Work work;
   Steps strides, grad_strides, target_strides, outer_strides;
@@ -95,8 +108,8 @@ struct BackwardParams {
   int reduction;
 };
 
-// Words a block that a forward launch hands over in memory. One block has nobody to tell; 'sum' is one number; 'mean'
-// has two sums and a denominator, the other of which the counter counts.
+// Words a block that a forward or statistics launch hands over in memory. One block has nobody to tell; 'sum' is one
+// number; 'mean' has two sums and a denominator, the other of which the counter counts.
 inline int partial_words(const Work& work, int reduction, int exponentials, unsigned blocks) {
   if (work.chunks > 1) return 1 + exponentials;
   return reduction == 0 || blocks == 1 ? 0 : reduction == 1 ? 3 : 1;
@@ -111,11 +124,13 @@ struct Launch {
   unsigned blocks, threads, shared_bytes;
 };
 
-// lmf_cuda_plan.cpp. Both fill in params.work, but for what they find there: rows, classes, ldam, focal and s.
+// lmf_cuda_plan.cpp. All fill in params.work, but for what they find there: rows, classes, ldam, focal and s.
 Launch plan_forward(ForwardParams& params, Element element, int multiprocessors);
+Launch plan_statistics(StatisticsParams& params, Element element, int multiprocessors);
 Launch plan_backward(BackwardParams& params, Element element, int multiprocessors);
 
 cudaError_t launch_forward(const Launch& launch, const ForwardParams& params, cudaStream_t stream);
+cudaError_t launch_statistics(const Launch& launch, const StatisticsParams& params, cudaStream_t stream);
 cudaError_t launch_backward(const Launch& launch, const BackwardParams& params, cudaStream_t stream);
 
 }  // namespace cuda

@@ -1,5 +1,6 @@
 // The backward kernels: a stream over the logits that evaluates eq. 8. A tile's statistics are read once, by one thread
-// a row, into shared memory.
+// a row, into shared memory. The gradient may lie where the logits are: what is read of a tile belongs to the tile
+// alone, and its reader writes it later.
 #include "lmf_cuda.cuh"
 
 namespace lmf {
@@ -251,7 +252,8 @@ __global__ void __launch_bounds__(kPlanesThreads, sizeof(T) == 8 ? 1 : 2) backwa
     const Place at = place(first_row, p.work.rows);
     const T* z = static_cast<const T*>(p.logits) + offset(at, p.strides);
     T* grad = static_cast<T*>(p.grad_logits) + offset(at, p.grad_strides);
-    const int64_t before = at.i2, behind = p.work.rows.inner - before - count;
+    const bool in_place = p.grad_logits == p.logits;  // where neighbours may already be gradients
+    const int64_t before = in_place ? 0 : at.i2, behind = in_place ? 0 : p.work.rows.inner - at.i2 - count;
     RowGradient<A, n> row[R];
 #pragma unroll
     for (int r = 0; r < R; r++) {

@@ -84,20 +84,25 @@ static Element element_of_table(const at::Tensor& table) {
   }
 }
 
+// The rows of logits and target, which become copies where their strides do not merge.
+static Rows find_rows(at::Tensor& logits, at::Tensor& target, Steps& strides, Steps& target_strides) {
+  const auto find = [&] {
+    return merge<2>(target.sizes(), {row_strides(logits), all_strides(target)}, {&strides, &target_strides});
+  };
+  std::optional<Rows> rows = find();
+  if (!rows) {
+    logits = logits.contiguous();
+    target = target.contiguous();
+    rows = find();
+  }
+  return *rows;
+}
+
 ForwardCall::ForwardCall(const at::Tensor& logits, const at::Tensor& target, const Tables& tables,
                          const Coefficients& coefficients, int64_t ignore_index, int64_t reduction, int multiprocessors)
     : logits_(logits), target_(target) {
   auto& p = params;
-  std::optional<Rows> rows;
-  const auto find_rows = [&] {
-    rows = merge<2>(target_.sizes(), {row_strides(logits_), all_strides(target_)}, {&p.strides, &p.target_strides});
-  };
-  find_rows();
-  if (!rows) {
-    logits_ = logits.contiguous();
-    target_ = target.contiguous();
-    find_rows();
-  }
+  p.work.rows = find_rows(logits_, target_, p.strides, p.target_strides);
   result = allocate_forward(logits_, target_, reduction);
 
   p.logits = logits_.const_data_ptr();
@@ -121,7 +126,6 @@ ForwardCall::ForwardCall(const at::Tensor& logits, const at::Tensor& target, con
   p.gamma = coefficients.gamma;
   p.ignore_index = ignore_index;
   p.reduction = static_cast<int>(reduction);
-  p.work.rows = *rows;
   describe_work(p.work, logits_, coefficients.alpha, coefficients.beta, coefficients.s);
 
   launch = plan_forward(p, element_of(logits_), multiprocessors);
@@ -139,16 +143,38 @@ std::vector<at::Tensor> ForwardCall::tensors() const {
   return all;
 }
 
+StatisticsCall::StatisticsCall(const at::Tensor& logits, const at::Tensor& target, int64_t first_class,
+                               int64_t ignore_index, double alpha, double beta, double s, int multiprocessors)
+    : logits_(logits), target_(target) {
+  auto& p = params;
+  p.work.rows = find_rows(logits_, target_, p.strides, p.target_strides);
+  result = at::empty({4, target_.numel()}, logits_.options().dtype(accumulation_type(logits_)));
+  p.logits = logits_.const_data_ptr();
+  p.target = target_.const_data_ptr<int64_t>();
+  p.statistics = result.mutable_data_ptr();
+  p.stride_c = logits_.stride(1);
+  p.first_class = first_class;
+  p.ignore_index = ignore_index;
+  describe_work(p.work, logits_, alpha, beta, s);
+
+  launch = plan_statistics(p, element_of(logits_), multiprocessors);
+  const int words = partial_words(p.work, kNone, launch.exponentials, launch.blocks);
+  if (words > 0) {
+    partials_ = at::empty({words, int64_t{launch.blocks}}, result.options());
+    p.partials = partials_.mutable_data_ptr();
+  }
+}
+
 BackwardCall::BackwardCall(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
                            const at::Tensor& stats, const at::Tensor& denominators, double alpha, double beta, double s,
-                           int multiprocessors)
+                           const at::Tensor& result, int multiprocessors)
     : grad_output_(grad_output),
       logits_(logits),
       target_(target),
       stats_(stats),
       denominators_(denominators),
-      grad_(at::empty_like(logits)),
-      grad_result_(grad_) {
+      grad_(result),
+      result_(result) {
   auto& p = params;
   std::optional<Rows> rows;
   const auto find_rows = [&] {
@@ -161,7 +187,7 @@ BackwardCall::BackwardCall(const at::Tensor& grad_output, const at::Tensor& logi
     logits_ = logits.contiguous();
     target_ = target.contiguous();
     grad_output_ = grad_output.contiguous();
-    grad_ = at::empty_like(logits_);
+    grad_ = result.is_same(logits) ? logits_ : at::empty_like(logits_);
     find_rows();
   }
   p.grad_output = grad_output_.const_data_ptr();
@@ -178,9 +204,8 @@ BackwardCall::BackwardCall(const at::Tensor& grad_output, const at::Tensor& logi
   launch = plan_backward(p, element_of(logits_), multiprocessors);
 }
 
-at::Tensor BackwardCall::result() const {
-  if (!grad_.is_same(grad_result_)) grad_result_.copy_(grad_);
-  return grad_result_;
+void BackwardCall::finish() const {
+  if (!grad_.is_same(result_)) result_.copy_(grad_);
 }
 
 }  // namespace cuda

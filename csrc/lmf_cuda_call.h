@@ -31,20 +31,36 @@ struct ForwardCall {
   std::vector<at::Tensor> tables_;
 };
 
+struct StatisticsCall {
+  StatisticsCall(const at::Tensor& logits, const at::Tensor& target, int64_t first_class, int64_t ignore_index,
+                 double alpha, double beta, double s, int multiprocessors);
+  bool needed() const { return params.work.rows.count > 0; }
+  bool needs_counter() const { return partials_.defined(); }
+  std::vector<at::Tensor> tensors() const { return {logits_, target_, result, partials_}; }
+
+  StatisticsParams params{};
+  Launch launch;
+  at::Tensor result;
+
+ private:
+  at::Tensor logits_, target_, partials_;
+};
+
+// The gradient goes to `result`, which may be the logits.
 struct BackwardCall {
   BackwardCall(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
                const at::Tensor& stats, const at::Tensor& denominators, double alpha, double beta, double s,
-               int multiprocessors);
+               const at::Tensor& result, int multiprocessors);
   bool needed() const { return params.work.rows.count > 0; }
   std::vector<at::Tensor> tensors() const { return {grad_output_, logits_, target_, stats_, denominators_, grad_}; }
-  // The gradient, once the launch is enqueued.
-  at::Tensor result() const;
+  // What is left to do once the launch is enqueued.
+  void finish() const;
 
   BackwardParams params{};
   Launch launch;
 
  private:
-  at::Tensor grad_output_, logits_, target_, stats_, denominators_, grad_, grad_result_;
+  at::Tensor grad_output_, logits_, target_, stats_, denominators_, grad_, result_;
 };
 
 }  // namespace cuda

@@ -96,15 +96,25 @@ static Launch plan(Work& work, Element element, const Steps& strides, int64_t st
   return launch;
 }
 
-Launch plan_forward(ForwardParams& p, Element element, int multiprocessors) {
-  const int bytes = bytes_of(element);
+// Blocks walk over the tiles, so that few of them have something to add up.
+template <typename Params>
+static Launch plan_sums(Params& p, Element element, bool dense, int multiprocessors) {
   const bool flat = p.work.rows.levels == 1 && p.stride_c == 1 && p.strides.s2 == p.work.classes;
-  const bool wide = aligned(p.logits, p.strides, p.stride_c, p.work.rows, bytes);
-  Launch launch = plan(p.work, element, p.strides, p.stride_c, flat, wide, p.strides.s2 == 1, multiprocessors);
+  const bool wide = aligned(p.logits, p.strides, p.stride_c, p.work.rows, bytes_of(element));
+  Launch launch = plan(p.work, element, p.strides, p.stride_c, flat, wide, dense, multiprocessors);
   const unsigned most = static_cast<unsigned>(multiprocessors) *
                         (launch.regime == Regime::kRows ? kRowsBlocksOfProcessor : kBlocksOfProcessor);
   if (p.work.chunks == 1) launch.blocks = std::max(1u, std::min(launch.blocks, most));
   return launch;
+}
+
+Launch plan_forward(ForwardParams& p, Element element, int multiprocessors) {
+  return plan_sums(p, element, p.strides.s2 == 1, multiprocessors);
+}
+
+// Without planes: see lmf_cuda_statistics.cu.
+Launch plan_statistics(StatisticsParams& p, Element element, int multiprocessors) {
+  return plan_sums(p, element, false, multiprocessors);
 }
 
 Launch plan_backward(BackwardParams& p, Element element, int multiprocessors) {

@@ -150,8 +150,14 @@ def _fused(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 # ---- slices of the classes, for lmf_kernels/linear.py and class_parallel.py -----------------------------------------
+# Backend name -> its ops `<backend>_statistics` and `<backend>_backward_`.
 # A compiler never meets these, as they run inside larger ops or eager code; their fake kernels serve memory estimates.
+SLICES: dict[str, tuple[Callable[..., Tensor], Callable[..., None]]] = {"reference": (slice_statistics, write_gradient)}
 for _backend in OPS:
+    SLICES[_backend] = (
+        getattr(torch.ops.lmf_kernels, f"{_backend}_statistics").default,
+        getattr(torch.ops.lmf_kernels, f"{_backend}_backward_").default,
+    )
     torch.library.register_fake(
         f"lmf_kernels::{_backend}_statistics",
         lambda logits, target, *rest: logits.new_empty((4, target.numel()), dtype=accumulation_dtype(logits.dtype)),
@@ -160,36 +166,22 @@ for _backend in OPS:
     torch.library.register_fake(f"lmf_kernels::{_backend}_backward_", lambda *arguments: None, lib=_library)
 
 
-def statistics_op(backend: str, device: torch.device) -> Callable[..., Tensor]:
-    """(logits, target, first_class, ignore_index, alpha, beta, s) -> m, t1, t2, z_y (4, rows) over the logits' classes.
-
-    There is no CUDA C++ kernel for it: backend "native" on a GPU takes the eager one.
-    """
-    if backend == "triton":
-        return torch.ops.lmf_kernels.triton_statistics.default
-    if backend == "native" and device.type == "cpu":
-        return torch.ops.lmf_kernels.native_statistics.default
-    return slice_statistics
+def statistics_op(backend: str) -> Callable[..., Tensor]:
+    """(logits, target, first_class, ignore_index, alpha, beta, s) -> m, t1, t2, z_y (4, rows) over these classes."""
+    return SLICES[backend][0]
 
 
-def gradient_over_logits_op(backend: str, device: torch.device) -> Callable[..., None]:
+def gradient_over_logits_op(backend: str) -> Callable[..., None]:
     """The backward op of a backend that writes the gradient over the logits, and takes labels outside [0, C)."""
-    if backend == "triton":
-        return torch.ops.lmf_kernels.triton_backward_.default
-    if backend == "native":
-        if device.type == "cpu":
-            return torch.ops.lmf_kernels.native_backward_.default
-        return lambda grad_output, logits, *rest: logits.copy_(EAGER["native"][1](grad_output, logits, *rest))
-    return write_gradient
+    return SLICES[backend][1]
 
 
-def extra_copies(backend: str, device: torch.device, dtype: torch.dtype) -> int:
+def extra_copies(backend: str, dtype: torch.dtype) -> int:
     """How many times the memory of a chunk of logits its statistics and its gradient take beyond it."""
-    if backend == "triton" or (backend == "native" and device.type == "cpu"):
+    if backend in OPS:
         return 0
-    # Eager temporaries in the accumulation type, and masks; native on a GPU has the second chunk of its gradient.
-    copies = 3 * (2 if dtype in (torch.float16, torch.bfloat16) else 1)
-    return copies if backend == "reference" else copies + 1
+    # Eager temporaries in the accumulation type, and masks.
+    return 3 * (2 if dtype in (torch.float16, torch.bfloat16) else 1)
 
 
 def _fake_forward(logits: Tensor, target: Tensor, *tables_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -252,7 +252,7 @@ class _ShardedLoss(torch.autograd.Function):
     ) -> Tensor:
         hyper = Hyper(alpha, beta, gamma, s)
         if shares.local:
-            op = statistics_op(backend, logits.device)
+            op = statistics_op(backend)
             statistics = op(logits, target, shares.first, ignore_index, alpha, beta, s)
         else:
             statistics = no_statistics(target.numel(), logits)
@@ -276,7 +276,7 @@ class _ShardedLoss(torch.autograd.Function):
             grad = EAGER[backend][1](grad_output, logits, *arguments)
         else:
             grad = logits.detach().clone()
-            gradient_over_logits_op(backend, logits.device)(grad_output, grad, *arguments)
+            gradient_over_logits_op(backend)(grad_output, grad, *arguments)
         return (None, None, grad, *(None,) * 12)
 
 

@@ -200,10 +200,10 @@ class _Plan(NamedTuple):
     classes: int
 
 
-def _plan(rows: int, num_classes: int, dtype: torch.dtype, device: torch.device, backend: str, budget: int) -> _Plan:
+def _plan(rows: int, num_classes: int, dtype: torch.dtype, backend: str, budget: int) -> _Plan:
     """The default budget grows with the logits, so that their chunks never become many."""
     budget = budget or max(MEMORY_BUDGET, rows * num_classes * dtype.itemsize // 32)
-    elements = max(1, budget // (dtype.itemsize * (1 + extra_copies(backend, device, dtype))))
+    elements = max(1, budget // (dtype.itemsize * (1 + extra_copies(backend, dtype))))
     whole = elements // max(num_classes, 1)
     if whole >= min(rows, FEWEST_ROWS):
         return _Plan(_even(rows, whole), num_classes)
@@ -354,14 +354,14 @@ def _forward(
     tables, normalizers = (margins, ldam_weight, focal_weight), (ldam_normalizer, focal_normalizer)
     hyper = Hyper(alpha, beta, gamma, s)
     with torch.no_grad(), _no_autocast(device):
-        plan = _plan(len(features), num_classes, features.dtype, device, backend, memory_budget)
+        plan = _plan(len(features), num_classes, features.dtype, backend, memory_budget)
         head = _Head(features, weight, bias, normalize, plan, needs)
         outer = torch.full((), scale, dtype=head.acc, device=device)
         if head.whole_rows and shares is None:
             return _one_pass(head, outer, target, tables, normalizers, hyper, ignore_index, reduction, backend)
 
         statistics = no_statistics(len(features), features)
-        op = statistics_op(backend, device)
+        op = statistics_op(backend)
         first_class = 0 if shares is None else shares.first
         logits = None
         for rows, classes in head.chunks():
@@ -392,11 +392,11 @@ def _one_pass(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `_forward`, by chunks of whole rows: the forward op and the gradient of each, one after the other."""
     alpha, beta, _, s = hyper
-    device, everything = head.features.device, slice(0, len(head.weight))
+    everything = slice(0, len(head.weight))
     if reduction == MEAN:
         normalizers = _denominators(target, tables[1], normalizers, len(head.weight), ignore_index, head.acc)
     losses, all_stats, denominators = [], [], outer.new_empty(0)
-    backward = gradient_over_logits_op(backend, device)
+    backward = gradient_over_logits_op(backend)
     for rows in _steps(len(head.features), head.plan.rows) if len(head.features) else (slice(0, 0),):
         logits, labels = head.logits(rows, everything), target[rows]
         arguments = labels, *tables, *normalizers, *hyper, ignore_index, reduction
@@ -451,7 +451,7 @@ def _second_pass(
     backend: str,
 ) -> None:
     """Gradients from the rows' statistics."""
-    backward = gradient_over_logits_op(backend, head.features.device)
+    backward = gradient_over_logits_op(backend)
     for rows, classes in head.chunks():
         chunk = head.logits(rows, classes) if logits is None else logits
         grad_output = outer[rows] if outer.dim() else outer
@@ -479,7 +479,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of features, weight and bias that are needed."""
     with torch.no_grad(), _no_autocast(features.device):
-        plan = _plan(len(features), len(weight), features.dtype, features.device, backend, memory_budget)
+        plan = _plan(len(features), len(weight), features.dtype, backend, memory_budget)
         head = _Head(features, weight, bias, normalize, plan, needs)
         _second_pass(head, None, grad_output, target, stats, denominators, Hyper(alpha, beta, 0.0, s), backend)
         return head.gradients()

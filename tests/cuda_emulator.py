@@ -41,9 +41,14 @@ POINTERS = {
         "logits", "target", "margins", "ldam_weight", "focal_weight", "ldam_normalizer", "focal_normalizer", "loss",
         "stats", "denominators", "partials",
     ),
+    "statistics": ("logits", "target", "statistics", "partials"),
     "backward": ("grad_output", "logits", "target", "stats", "denominators", "grad_logits"),
 }  # fmt: skip
-WRITTEN = {"forward": {"loss", "stats", "denominators", "partials"}, "backward": {"grad_logits"}}
+WRITTEN = {
+    "forward": {"loss", "stats", "denominators", "partials"},
+    "statistics": {"statistics", "partials"},
+    "backward": {"grad_logits"},
+}
 MANGLED = {"half": "6__half", "bfloat16": "13__nv_bfloat16", "float": "f", "double": "d"}
 
 
@@ -104,6 +109,12 @@ class Emulator:
     def backward(self, *arguments: Any) -> Tensor:
         return _ops._C.trace_cuda_backward(self._launch, self.multiprocessors, *arguments)
 
+    def backward_(self, *arguments: Any) -> None:
+        _ops._C.trace_cuda_backward_(self._launch, self.multiprocessors, *arguments)
+
+    def statistics(self, *arguments: Any) -> Tensor:
+        return _ops._C.trace_cuda_statistics(self._launch, self.multiprocessors, *arguments)
+
     def _launch(self, kernel: str, shape: list[int], params: bytes, tensors: list[Tensor | None]) -> None:
         loaded = module(kernel, self.arch)
         device = loaded.device
@@ -111,15 +122,20 @@ class Emulator:
         words = np.frombuffer(params, np.uint64).copy()
         step = kernel.split("_")[0]
         outputs = []
+        there: dict[int, tuple[int, list[tuple[int, Any]]]] = {}  # storage -> what _to_device returned
         for i, (name, tensor) in enumerate(zip(POINTERS[step], tensors, strict=True)):
             if tensor is None:
                 assert words[i] == 0
                 continue
-            pointer, pieces = self._to_device(device, name, tensor, name in WRITTEN[step])
+            storage = tensor.untyped_storage().data_ptr()
+            if name != "grad_logits" or storage not in there:  # which may lie over the logits
+                there[storage] = self._to_device(device, name, tensor, name in WRITTEN[step])
+            pointer, pieces = there[storage]
             words[i] = pointer + tensor.storage_offset() * tensor.element_size()
             if name in WRITTEN[step]:
                 outputs.append((name, tensor, pieces))
-        if step == "forward":
+        counted = step != "backward"
+        if counted:
             counter = device.zeros(1, np.int64, name="counter")
             words[len(tensors)] = counter.ptr
         blocks, threads, shared = shape
@@ -130,7 +146,7 @@ class Emulator:
             options["ctas"] = [blocks - 1]
         stats = loaded.launch(None, (blocks,), (threads,), [words.tobytes()], shared, **options)
         self.launches.append(Launch(kernel, blocks, threads, stats))
-        if step == "forward":
+        if counted:
             assert counter.numpy() == 0, "the counter was not left at zero"
         for name, tensor, pieces in outputs:
             if name == "partials":
@@ -158,7 +174,7 @@ class Emulator:
             return [(0, _size(tensor))]
         if self.tail is not None:
             rows = 0 if name in ("logits", "grad_logits") and tensor.dim() == 2 else -1
-            if name != "stats" and tensor.dim() > 1 and rows:  # images
+            if name not in ("stats", "statistics") and tensor.dim() > 1 and rows:  # images
                 tensor = tensor[-1:]
             tensor = tensor.narrow(rows, max(0, tensor.shape[rows] - self.tail), min(self.tail, tensor.shape[rows]))
         run, steps = 1, []
@@ -189,9 +205,11 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Emulator:
     """The native backend on CPU tensors is the emulated CUDA backend."""
     emulator = Emulator()
     monkeypatch.setitem(_ops.EAGER, "native", (emulator.forward, emulator.backward))
+    monkeypatch.setitem(_ops.SLICES, "native", (emulator.statistics, emulator.backward_))
     return emulator
 
 
 def pytest_configure(config: pytest.Config) -> None:
     emulator = Emulator()
     _ops.EAGER["native"] = _ops.OPS["native"] = (emulator.forward, emulator.backward)
+    _ops.SLICES["native"] = (emulator.statistics, emulator.backward_)

@@ -22,7 +22,7 @@ def test_no_kernel_spills_or_uses_local_memory(capsys):
     table = resources()
     architectures = set(re.findall(r"\d+\.\d+", _ops._C.cuda_architectures()))
     assert {arch for arch, _ in table} == {arch.replace(".", "") for arch in architectures}
-    assert len(table) == len(architectures) * 68
+    assert len(table) == len(architectures) * 95
     with capsys.disabled():
         for (arch, kernel), (registers, stack, local) in sorted(table.items()):
             if stack or local:
@@ -39,13 +39,18 @@ def test_cuda_files_include_no_tensor_library():
         assert not re.search(r"#include <(ATen|c10|torch)", file.read_text()), file
 
 
-@pytest.mark.parametrize("step", ["forward", "backward"])
+@pytest.mark.parametrize("step", ["forward", "backward", "statistics"])
 def test_rows_are_finished_with_accurate_functions(step):
     """No lg2.approx (wrong near 1) and no other fast-math; only the exponentials of elements are approximate."""
     for name, text in ptx(step, 90).items():
         approximate = set(re.findall(r"\b(\w+\.approx[\w.]*)", text))
         assert approximate <= {"ex2.approx.ftz.f32", "rcp.approx.ftz.f64"}, (name, approximate)
         assert "div.full" not in text
+
+
+def test_logits_are_not_read_through_the_read_only_cache():
+    """Their gradient may lie where they are."""
+    assert not any("ld.global.nc" in text for text in ptx("backward", 90).values())
 
 
 def fake(shape, dtype=torch.float32):
@@ -74,7 +79,7 @@ def forward_op(logits, target, reduction="mean"):
 
 def test_ops_have_cuda_kernels_and_pass_opcheck_as_far_as_it_goes_without_a_gpu():
     forward, backward = _ops.OPS["native"]
-    for op in (forward, backward):
+    for op in (forward, backward, *_ops.SLICES["native"]):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CUDA")
     assert "cuda" in lmf_kernels._ops._C.devices()
     assert "native" in _ops.available_backends(torch.device("cuda"))
@@ -85,6 +90,16 @@ def test_ops_have_cuda_kernels_and_pass_opcheck_as_far_as_it_goes_without_a_gpu(
         loss, stats, denominators = forward(*arguments)
         arguments = (torch.ones_like(loss), logits, target, stats, denominators, 1.0, 1.0, 30.0)
         torch.library.opcheck(backward, arguments, test_utils="test_autograd_registration")
+
+
+def test_statistics_and_gradient_over_fake_cuda_logits():
+    """As in memory estimates."""
+    statistics, backward_ = _ops.SLICES["native"]
+    with FakeTensorMode():
+        logits, target = fake((4, 5, 3), torch.bfloat16), fake((4, 3), torch.int64)
+        result = statistics(logits, target, 0, -100, 1.0, 1.0, 30.0)
+        assert result.shape == (4, 12) and result.dtype == torch.float32 and result.device == logits.device
+        assert backward_(fake(()), logits, target, fake((5, 12)), fake((0,)), 1.0, 1.0, 30.0) is None
 
 
 def test_graph_of_cuda_tensors_holds_one_op():

@@ -11,6 +11,8 @@ from checks import assert_exact, check
 from cuda_emulator import emulated_cuda, needs_cuda_build  # noqa: F401  (the fixture `cuda`)
 from oracle import expected
 
+from lmf_kernels.row_statistics import slice_statistics
+
 pytestmark = needs_cuda_build
 
 # kernel -> shape beyond 2^31 elements, rows of a full tile
@@ -55,10 +57,41 @@ def test_last_block_of_a_huge_launch(kernel, cuda):
     assert_exact(grad[last], exact_grad, "gradient")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["flat", "rows", "pixels 1", "pixels 8"])
+def test_last_block_of_huge_statistics_and_of_a_gradient_over_the_logits(kernel, cuda):
+    shape, tile = LAST_BLOCK[kernel]
+    rows = shape[0] * (shape[2] if len(shape) == 3 else 1)
+    blocks = -(-rows // tile)
+    cuda.multiprocessors = blocks if kernel in ("rows", "pixels 1") else -(-blocks // 8)
+    cuda.options, cuda.tail = {}, 20 + tile
+    logits = torch.empty(shape, dtype=torch.bfloat16)
+    target = torch.empty((shape[0], *shape[2:]), dtype=torch.int64)
+
+    last = (slice(-1, None), slice(None), slice(-cuda.tail, None)) if len(shape) == 3 else (slice(-cuda.tail, None),)
+    logits[last] = torch.randn(logits[last].shape).bfloat16()
+    target[last[::2]] = torch.randint(0, 2 * shape[1], target[last[::2]].shape)
+    statistics = cuda.statistics(logits, target, shape[1] // 2, -100, 1.0, 1.0, 5.0)
+    last = (*last[:-1], slice(-min(20, rows % tile or tile), None))
+    small, labels = logits[last].clone(), target[last[::2]].clone()
+    exact = slice_statistics(small.double(), labels, shape[1] // 2, -100, 1.0, 1.0, 5.0)
+    assert_exact(statistics[:, -exact.shape[1] :], exact, "m, t1, t2, z_y")
+
+    stats, outer, none = torch.empty(5, rows), torch.tensor(0.5).expand(target.shape), torch.empty(0)
+    stats[:, -cuda.tail :] = torch.rand(5, cuda.tail)
+    beside = cuda.backward(outer, logits, target, stats, none, 1.0, 1.0, 5.0)
+    cuda.backward_(outer, logits, target, stats, none, 1.0, 1.0, 5.0)
+    assert torch.equal(logits[last], beside[last]) and not torch.equal(logits[last], small)
+    assert [launch.blocks for launch in cuda.launches] == [blocks] * 3
+
+
 @pytest.mark.parametrize("classes, multiprocessors, chunks", [(9, 132, 1), (1001, 132, 1), (20011, 132, 3)])
 def test_rows_that_are_far_apart(classes, multiprocessors, chunks, cuda):
     cuda.multiprocessors, stride = multiprocessors, 2**31 + 11
     logits = torch.empty(stride + classes, dtype=torch.bfloat16).as_strided((2, classes), (stride, 1))
     logits.copy_(torch.randn(2, classes))
-    check(logits, torch.tensor([classes - 1, 3]), "native", torch.rand(2), reduction="none")
-    assert cuda.launches[0].blocks == (2 * chunks if chunks > 1 else 1)
+    target = torch.tensor([classes - 1, 3])
+    check(logits, target, "native", torch.rand(2), reduction="none")
+    exact = slice_statistics(logits.double(), target, 0, -100, 1.0, 1.0, 5.0)
+    assert_exact(cuda.statistics(logits, target, 0, -100, 1.0, 1.0, 5.0), exact)
+    assert [cuda.launches[i].blocks for i in (0, 2)] == [2 * chunks if chunks > 1 else 1] * 2

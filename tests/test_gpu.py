@@ -10,7 +10,8 @@ from torch import nn
 from torch.func import grad, jacrev, vmap
 from torch.utils.checkpoint import checkpoint
 
-from lmf_kernels import LMFLoss, _ops, global_normalizer, lmf_loss
+from lmf_kernels import LMFLoss, _ops, global_normalizer, linear_lmf_loss, lmf_loss
+from lmf_kernels.row_statistics import slice_statistics
 
 CUDA = torch.device("cuda")
 COUNTS = [500, 80, 9, 40]
@@ -127,3 +128,34 @@ def test_checkpointing_and_double_backward(backend):
     (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
     assert_exact(gradient.detach().cpu(), exact(z, y, criterion)[1])
     assert torch.autograd.gradgradcheck(lambda z: criterion(z, y), z)
+
+
+@pytest.mark.parametrize("shape", [(70, 8), (70, 301), (3, 20000), (2, 8, 33, 31)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_slices_of_the_classes(shape, dtype, backend):
+    """Statistics of a slice, and the gradient written over its logits alone."""
+    statistics, backward_ = _ops.SLICES[backend]
+    whole = torch.randn(shape, device=CUDA).to(dtype)
+    z = whole[:, 3:]
+    y = torch.randint(0, shape[1] + 9, (shape[0], *shape[2:]), device=CUDA)
+    got = statistics(z, y, 3, 5, 1.0, 1.0, 5.0)
+    assert_exact(got.cpu(), slice_statistics(z.cpu().double(), y.cpu(), 3, 5, 1.0, 1.0, 5.0))
+    stats = torch.rand(5, y.numel(), device=CUDA, dtype=got.dtype)
+    none, outer = stats.new_empty(0), stats.new_tensor(0.5)
+    before = whole.clone()
+    beside = _ops.EAGER[backend][1](outer, z, y - 3, stats, none, 1.0, 1.0, 5.0)
+    backward_(outer, z, y - 3, stats, none, 1.0, 1.0, 5.0)
+    assert torch.equal(z, beside) and torch.equal(whole[:, :3], before[:, :3])
+
+
+def test_linear_classifier(backend):
+    """By chunks of the classes of some rows."""
+    inputs = [torch.randn(n, 9, device=CUDA, dtype=torch.float64, requires_grad=True) for n in (70, 301)]
+    y = torch.randint(0, 301, (70,), device=CUDA)
+    loss = linear_lmf_loss(*inputs, y, s=4.0, memory_budget=8 * 3000, backend=backend)
+    features, weight = (t.detach().cpu() for t in inputs)
+    exact_loss, exact_grad = expected(features @ weight.t(), y.cpu(), s=4.0)
+    torch.testing.assert_close(loss.detach().cpu(), exact_loss)
+    grads = torch.autograd.grad(loss, inputs)
+    torch.testing.assert_close(grads[0].cpu(), exact_grad @ weight)
+    torch.testing.assert_close(grads[1].cpu(), exact_grad.t() @ features)

@@ -92,7 +92,7 @@ def test_loss_and_gradients(dtype, budget, backend):
 
 def test_the_budgets_are_what_they_say():
     """The cases above take the ways they are named after."""
-    plans = [linear._plan(137, 301, torch.float64, torch.device("cpu"), "native", budget or 0) for budget in BUDGETS]
+    plans = [linear._plan(137, 301, torch.float64, "native", budget or 0) for budget in BUDGETS]
     assert plans[0] == (137, 301)
     assert plans[1].classes == 301 and linear.FEWEST_ROWS <= plans[1].rows < 137
     assert plans[2].classes < 301

@@ -14,7 +14,6 @@ from torch import Tensor
 from lmf_kernels._ops import gradient_over_logits_op, statistics_op
 from lmf_kernels.row_statistics import Hyper, RowTables, combine, finish, no_statistics
 
-CPU = torch.device("cpu")
 SHAPES = [(7, 5), (9, 300), (3, 5, 4, 2), (2, 1000), (70, 8)]
 HYPERS = [Hyper(1.3, 0.7, 1.5, 5.0), Hyper(1.0, 0.0, 0.0, 5.0), Hyper(0.0, 1.0, 1.5, 5.0), Hyper(1.0, 1.0, 0.0, 1.0)]
 
@@ -45,7 +44,7 @@ def compare(shape: tuple[int, ...], dtype: torch.dtype, hyper: Hyper, backend: s
     total = no_statistics(y.numel(), z)
     slices = [(lo, hi) for lo, hi in itertools.pairwise(cuts) if hi > lo]
     for lo, hi in slices:
-        part = statistics_op(backend, CPU)(z[:, lo:hi], y, lo, -100, alpha, beta, s)
+        part = statistics_op(backend)(z[:, lo:hi], y, lo, -100, alpha, beta, s)
         exact = exact_statistics(z[:, lo:hi], y, lo, hyper)
         assert_exact(part[:, kept], exact[:, kept], f"classes [{lo}, {hi})")
         total = combine(total, part, hyper)
@@ -56,7 +55,7 @@ def compare(shape: tuple[int, ...], dtype: torch.dtype, hyper: Hyper, backend: s
     outer = torch.ones((), dtype=accumulated(dtype))
     before, grad = z.clone(), z.clone()
     for lo, hi in slices:
-        gradient_over_logits_op(backend, CPU)(outer, grad[:, lo:hi], y - lo, stats, denominators, alpha, beta, s)
+        gradient_over_logits_op(backend)(outer, grad[:, lo:hi], y - lo, stats, denominators, alpha, beta, s)
         assert torch.equal(grad[:, hi:], before[:, hi:]), "only the slice is written"
     assert_exact(grad, exact_grad, "gradient")
 
@@ -76,10 +75,10 @@ def test_special_values(backend):
     """NaN and +inf stay visible, -inf makes empty sums; a slice of its own class alone has no competitor."""
     inf, nan = math.inf, math.nan
     z = torch.tensor([[0.0, nan, 1], [2, inf, 0], [-inf, -inf, -inf], [1, 2, 3]])
-    m, t1, t2, z_y = statistics_op(backend, CPU)(z, torch.tensor([0, 0, 5, 1]), 0, -100, 1.0, 1.0, 3.0)
+    m, t1, t2, z_y = statistics_op(backend)(z, torch.tensor([0, 0, 5, 1]), 0, -100, 1.0, 1.0, 3.0)
     assert t1[:2].isnan().all() and t2[:2].isnan().all()
     assert m[2] == -inf and t1[2] == 0 and t2[2] == 0 and z_y.tolist() == [0, 2, 0, 2]
-    alone = statistics_op(backend, CPU)(z[3:, :1], torch.tensor([4]), 4, -100, 1.0, 1.0, 3.0)
+    alone = statistics_op(backend)(z[3:, :1], torch.tensor([4]), 4, -100, 1.0, 1.0, 3.0)
     assert alone[:, 0].tolist() == [-inf, 0, 0, 1]
 
 
