@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import datetime
 import functools
+import gc
+import os
+import signal
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -292,6 +296,26 @@ def data_and_class_parallel() -> None:
         close(grad_head, (exact_grad.t() @ x)[columns])
 
 
+def groups_are_freed() -> None:
+    """No loss and no head keeps a group, and with it its threads, beyond destroy_process_group."""
+    group, mine = dist.new_group(), share((3, 4))
+    alive = weakref.ref(group)
+    z, y = torch.randn(3, 7)[:, mine].clone().requires_grad_(), torch.tensor([0, 6, 3])
+    x = torch.randn(3, 5).requires_grad_()
+    lmf_loss(z, y, class_group=group).backward()
+    criterion = LMFLoss(counts_of(7), class_group=group)
+    head = LinearLMFLoss(5, counts_of(7), class_group=group)
+    criterion(z, y).backward()
+    kept = head(x, y)
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    assert alive() is None
+    for call in (lambda: criterion(z, y), lambda: head(x, y), kept.backward):
+        with pytest.raises(RuntimeError, match="class_group: the process group has been destroyed"):
+            call()
+
+
 # ---- failures -------------------------------------------------------------------------------------------------------
 def one_rank_fails() -> None:
     """Last, as it breaks its group."""
@@ -310,8 +334,22 @@ def one_rank_fails() -> None:
         assert caught.type is ValueError
         assert "weight must have shape (4,) (this rank's share) or (7,)" in str(caught.value)
     else:
-        assert caught.type is RuntimeError and "another rank raised an error" in str(caught.value)
+        assert caught.type is RuntimeError and "another rank raised an error or ended" in str(caught.value)
         assert str(caught.value).startswith("class_group: the max-reduction of the rows' largest logits failed")
+
+
+def one_rank_is_killed() -> None:
+    """Between building the head and its first collective."""
+    limit = 20.0
+    group = dist.new_group(timeout=datetime.timedelta(seconds=limit))
+    head = LinearLMFLoss(5, counts_of(7), class_group=group)
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="another rank raised an error or ended before it came here") as caught:
+        head(torch.randn(3, 5), torch.tensor([0, 6, 3]))
+    assert str(caught.value).startswith("class_group: the max-reduction of the rows' largest logits failed")
+    assert time.monotonic() - start < limit + 5
 
 
 # ---- the tests: one start of processes for each number of ranks ------------------------------------------------------
@@ -323,6 +361,7 @@ CASES: dict[int, list[tuple[Callable[..., None], Any]]] = {
         (count_collectives, None),
         (compare_linear, (5, 8)),
         (compare_modules, None),
+        (groups_are_freed, None),
         (one_rank_fails, None),
     ],
     3: [
@@ -337,7 +376,7 @@ CASES: dict[int, list[tuple[Callable[..., None], Any]]] = {
 
 
 @functools.cache
-def outcomes(ranks: int) -> list[list[str | None]]:
+def outcomes(ranks: int) -> dict[int, list[str | None]]:
     """What each rank says of each case: None, or the error."""
     return run(ranks, CASES[ranks])
 
@@ -351,8 +390,13 @@ def outcomes(ranks: int) -> list[list[str | None]]:
     ],
 )
 def test_ranks(ranks, case):
-    for rank, errors in enumerate(outcomes(ranks)):
+    for rank, errors in outcomes(ranks).items():
         assert errors[case] is None, f"rank {rank} of {ranks}:\n{errors[case]}"
+
+
+def test_a_killed_rank():
+    for rank, (error,) in run(3, [(one_rank_is_killed, None)], killed=frozenset({1})).items():
+        assert error is None, f"rank {rank}:\n{error}"
 
 
 def test_without_a_process_group():
