@@ -42,7 +42,7 @@ def accuracy(head: LinearLMFLoss, features: Tensor, target: Tensor) -> float:
 def train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)  # the same on all processes; the head draws its own numbers on each
     generator = torch.Generator().manual_seed(options.seed)
-    counts = torch.linspace(6, 0, options.classes).exp().ceil().long()
+    counts = (options.classes / torch.arange(1, options.classes + 1)).ceil().long()  # Zipf's law
     centres = torch.randn(options.classes, options.features, generator=generator)
     width = options.features
     backbone = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
@@ -83,7 +83,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=20, help="steps between two reports")
-    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--s", type=float, default=30.0, help="scale of the cosines in the LDAM term")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2, help="where torchrun does not say")

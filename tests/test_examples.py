@@ -52,9 +52,9 @@ def test_plain_pytorch():
 
 @needs_distributed
 def test_many_classes():
-    """Two processes learn the classes; with the features' gradient of one of them alone they would not."""
-    first, last, accuracy = run("many_classes", "--classes 601 --features 32 --batch 128 --steps 60 --every 30")
-    assert last < 0.5 * first and accuracy > 0.5
+    """Two processes learn the classes; the commonest of them is a seventh of the samples."""
+    first, last, accuracy = run("many_classes", "--classes 601 --features 32 --batch 128 --steps 60 --lr 1e-2")
+    assert last < 0.5 * first and accuracy > 0.6
 
 
 @needs_distributed
@@ -65,7 +65,7 @@ def test_many_classes_ends_its_threads(tmp_path):
         "import os, sys, many_classes; many_classes._process(0, many_classes.parse(sys.argv[2:]), sys.argv[1]); "
         "print([open(f'/proc/self/task/{task}/comm').read() for task in os.listdir('/proc/self/task')])"
     )
-    options = "--processes 1 --classes 31 --features 8 --batch 16 --steps 1".split()
+    options = ["--processes", "1", "--classes", "31", "--features", "8", "--batch", "16", "--steps", "1"]
     threads = python("-c", code, str(tmp_path / "store"), *options)[-1]
     assert "python" in threads and "gloo" not in threads
 
