@@ -55,9 +55,12 @@ class ClassShares:
         sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         with explained("the exchange of the ranks' numbers of classes", group):
             dist.all_gather(sizes, mine, group=group)
-        self._place(group, torch.cat(sizes).tolist(), dist.get_rank(group))
+        self._place(group, torch.cat(sizes).tolist(), dist.get_rank(group), device)
 
-    def _place(self, group: "ProcessGroup", sizes: Sequence[int], rank: int) -> None:
+    def _place(
+        self, group: "ProcessGroup", sizes: Sequence[int], rank: int, device: torch.device | None = None
+    ) -> None:
+        self.device = device
         self._group = weakref.ref(group)  # a group that outlives destroy_process_group leaves its threads running
         self.rank = rank
         self.sizes = tuple(sizes)
