@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lmf_kernels import linear
+from lmf_kernels.linear_passes import forward_by_chunks
 
 
 class PeakMemory(TorchDispatchMode):
@@ -103,7 +103,7 @@ def linear_step_extra(
             inputs = normalized(x, dim=1) if normalize else x
             tables = (None,) * 5
             options = (1.0, 1.0, 1.5, 30.0, -100, 1, normalize, backend, memory_budget, 1.0, (True, True, bias))
-            *_, grad_features, grad_weight, grad_bias = linear._forward(
+            *_, grad_features, grad_weight, grad_bias = forward_by_chunks(
                 None, inputs, weight, b, target, *tables, *options
             )
             return inputs, [grad_features, grad_weight, grad_bias]

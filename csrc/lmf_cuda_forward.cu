@@ -25,6 +25,7 @@ __device__ __forceinline__ void finish_row(const ForwardParams& p, int64_t row, 
   const Options<A> options{static_cast<A>(p.alpha), static_cast<A>(p.beta), static_cast<A>(p.gamma),
                            static_cast<A>(p.work.s)};
   const Statistics<Math> statistics{sums.m, sums.t[0], sums.t[n - 1], z_y};
+  const Gap<Math> gap(statistics, false);
   const A poison = label == kBad ? std::numeric_limits<A>::quiet_NaN() : A(0);
   Term<Math> focal{0, 0, 0}, ldam{0, 0, 0};
   A w_ldam = valid ? A(1) : A(0);
@@ -33,14 +34,14 @@ __device__ __forceinline__ void finish_row(const ForwardParams& p, int64_t row, 
     focal = {poison, poison, poison};
     if (valid) {
       const A w_focal = p.focal_weight ? load_table<A>(p.focal_weight, p.tables[2], label) : A(1);
-      focal = focal_term<Math>(statistics, false, w_focal, options);
+      focal = focal_term<Math>(gap, statistics.t1, w_focal, options);
     }
   }
   if (p.work.ldam) {
     ldam = {poison, poison, poison};
     if (valid) {
       const A margin = p.margins ? load_table<A>(p.margins, p.tables[0], label) : A(0);
-      ldam = ldam_term<Math>(statistics, false, margin, w_ldam, options);
+      ldam = ldam_term<Math>(gap, statistics.t2, margin, w_ldam, options);
     }
   }
   A* stats = static_cast<A*>(p.stats) + row;

@@ -14,6 +14,7 @@ import tempfile
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group: its functions keep, as a default argument, the one they find
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
@@ -41,13 +42,13 @@ def accuracy(head: LinearLMFLoss, features: Tensor, target: Tensor) -> float:
 def train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)  # the same on all processes; the head draws its own numbers on each
     generator = torch.Generator().manual_seed(options.seed)
-    counts = torch.linspace(6, 0, options.classes).exp().ceil().long()
+    counts = (options.classes / torch.arange(1, options.classes + 1)).ceil().long()  # Zipf's law
     centres = torch.randn(options.classes, options.features, generator=generator)
     width = options.features
     backbone = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
     head = LinearLMFLoss(width, counts, bias=False, normalize=True, s=options.s, class_group=dist.group.WORLD)
     optimizer = torch.optim.AdamW([*backbone.parameters(), *head.parameters()], lr=options.lr)
-    first = dist.get_rank() == 0
+    losses, first = [], dist.get_rank() == 0
     if first:
         print(f"{options.classes} classes over {dist.get_world_size()} processes: {head.class_group.sizes}", flush=True)
     for step in range(1, options.steps + 1):
@@ -59,12 +60,18 @@ def train(options: argparse.Namespace) -> None:
         if step == 1 or step % options.every == 0:
             x, target = synthetic_batch(centres, counts, options.batch, generator)
             right = accuracy(head, backbone(x), target)
+            losses.append(loss.item())
             if first:
-                print(f"step {step}: loss {loss.item():.3f}, accuracy {right:.3f}", flush=True)
+                print(f"step {step}: loss {losses[-1]:.3f}, accuracy {right:.3f}", flush=True)
+    if first:
+        print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, accuracy {right:.3f}")
 
 
 def finish() -> None:
-    """Nobody leaves while another still talks to it."""
+    """Nobody leaves while another still talks to it, and gloo's threads end, as nothing here still holds the group.
+
+    A thread that still let go of a collective's tensors when the interpreter ends would abort the process.
+    """
     dist.barrier()
     dist.destroy_process_group()
 
@@ -76,7 +83,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=20, help="steps between two reports")
-    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--s", type=float, default=30.0, help="scale of the cosines in the LDAM term")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2, help="where torchrun does not say")

@@ -36,6 +36,7 @@ class ClassShares:
     Attributes:
         sizes: the classes of each rank; `first` and `local` are this `rank`'s first class and its number of classes,
             `total` is C.
+        group: the process group, which is not kept alive: torch.distributed does that until destroy_process_group.
 
     Raises:
         ValueError: no rank holds a class, or this process is not in the group.
@@ -54,10 +55,13 @@ class ClassShares:
         sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         with explained("the exchange of the ranks' numbers of classes", group):
             dist.all_gather(sizes, mine, group=group)
-        self._place(group, torch.cat(sizes).tolist(), dist.get_rank(group))
+        self._place(group, torch.cat(sizes).tolist(), dist.get_rank(group), device)
 
-    def _place(self, group: "ProcessGroup", sizes: Sequence[int], rank: int) -> None:
-        self.group = group
+    def _place(
+        self, group: "ProcessGroup", sizes: Sequence[int], rank: int, device: torch.device | None = None
+    ) -> None:
+        self.device = device
+        self._group = weakref.ref(group)  # a group that outlives destroy_process_group leaves its threads running
         self.rank = rank
         self.sizes = tuple(sizes)
         self.first = sum(self.sizes[:rank])
@@ -65,6 +69,13 @@ class ClassShares:
         self.total = sum(self.sizes)
         if self.total == 0:
             raise ValueError("class_group holds no class: every rank's share is empty")
+
+    @property
+    def group(self) -> "ProcessGroup":
+        group = self._group()
+        if group is None:
+            raise RuntimeError("class_group: the process group has been destroyed")
+        return group
 
     @classmethod
     def even(cls, group: "ProcessGroup", num_classes: int) -> "ClassShares":
@@ -162,8 +173,8 @@ def explained(what: str, group: "ProcessGroup") -> Iterator[None]:
     except RuntimeError as error:
         raise RuntimeError(
             f"class_group: {what} failed on rank {dist.get_rank(group)} of {dist.get_world_size(group)}. Most likely "
-            "another rank raised an error before it came here (its own log says which), or the ranks do not call the "
-            f"loss alike: all need the same target and the same options. torch.distributed says: {error}"
+            "another rank raised an error or ended before it came here (its own log says why), or the ranks do not "
+            f"call the loss alike: all need the same target and the same options. torch.distributed says: {error}"
         ) from error
 
 

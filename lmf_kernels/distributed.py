@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .class_parallel import ClassShares
 from .modules import _Loss
 
 
@@ -42,7 +43,7 @@ def global_normalizer(
 
     Raises:
         TypeError: `target` or `loss` is something else.
-        ValueError: an empty sequence of targets.
+        ValueError: an empty sequence of targets; a loss that holds this rank's share of the class weights.
         RuntimeError: targets and class weights on different devices.
 
     Source: the factor 1 / W is the convention of DETR's `num_boxes` (Carion et al. 2020, arXiv 2005.12872).
@@ -79,6 +80,9 @@ def _shares(target: Tensor, loss: _Loss) -> Tensor:
         return torch.stack([focal, focal])
     if weight.device != target.device:
         raise RuntimeError(f"loss must be on target's device {target.device}, got {weight.device}; use loss.to(device)")
+    group = loss.class_group
+    if isinstance(group, ClassShares) and len(weight) != group.total:
+        raise ValueError(f"loss must hold the class weights of all {group.total} classes, got a share of {len(weight)}")
     valid = kept & (target >= 0) & (target < len(weight))
     per_sample = weight.to(acc)[torch.where(valid, target, 0)]
     return torch.stack([torch.where(valid, per_sample, 0.0).sum(), focal])

@@ -31,13 +31,13 @@ class LinearLMFLoss(LMFLoss):
         alpha, beta, gamma, max_m, s, weight, ldam_weight, focal_weight, ignore_index, reduction, backend: as `LMFLoss`.
         memory_budget: bytes for a chunk of logits and its temporaries; None is the default of `linear_lmf_loss`.
         class_group: a process group over whose ranks the classes are spread as DTensor's Shard and torch.chunk do:
-            `linear` then holds this rank's rows only, drawn differently on every rank. cls_num_list, margins and class
-            weights are those of all classes on every rank.
+            `linear` then holds this rank's rows only, drawn differently on every rank. `ClassShares` place them
+            otherwise, and allow cls_num_list and class weights to be this rank's share on every rank, as in `LMFLoss`.
         device, dtype: of the classifier's parameters.
 
     Attributes:
         linear: the classifier, an `nn.Linear` (as in torch's nn.LinearCrossEntropyLoss).
-        margins, ldam_weight, focal_weight: buffers of shape (C,); `set_weight` changes the weights in place.
+        margins, ldam_weight, focal_weight: buffers as in `LMFLoss`; `set_weight` changes the weights in place.
 
     Shape:
         input: features (N, D) or (D,).
@@ -76,11 +76,6 @@ class LinearLMFLoss(LMFLoss):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        num_classes = len(cls_num_list)
-        if class_group is not None and not isinstance(class_group, ClassShares):
-            class_group = ClassShares.even(class_group, num_classes)
-        if class_group is not None and class_group.total != num_classes:
-            raise ValueError(f"cls_num_list must hold the {class_group.total} classes of all ranks, got {num_classes}")
         super().__init__(
             cls_num_list,
             alpha=alpha,
@@ -100,10 +95,14 @@ class LinearLMFLoss(LMFLoss):
         self.normalize = normalize
         self.memory_budget = memory_budget
         if class_group is None:
-            self.linear = nn.Linear(in_features, num_classes, bias, device=device, dtype=dtype)
-        else:
-            with _own_random_numbers(class_group, device):
-                self.linear = nn.Linear(in_features, class_group.local, bias, device=device, dtype=dtype)
+            self.linear = nn.Linear(in_features, len(cls_num_list), bias, device=device, dtype=dtype)
+            return
+        shares = (
+            class_group if isinstance(class_group, ClassShares) else ClassShares.even(class_group, len(cls_num_list))
+        )
+        self.class_group = shares
+        with _own_random_numbers(shares, device):
+            self.linear = nn.Linear(in_features, shares.local, bias, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, target: Tensor, normalizer: Normalizer | None = None) -> Tensor:
         """The loss of features `input` (N, D) and labels `target` (N,); see `linear_lmf_loss`."""

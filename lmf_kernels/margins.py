@@ -60,11 +60,20 @@ def ldam_margins(cls_num_list: Sequence[int] | Tensor, max_m: float = 0.5) -> Te
         TypeError, ValueError: a count is not a number of at least 1 (the message names the class), or `max_m` not a
             finite number.
     """
+    check_max_m(max_m)
+    counts = checked_counts(cls_num_list)
+    return margins_from_rarest(counts, counts.min(), max_m)
+
+
+def margins_from_rarest(counts: Tensor, rarest: Tensor, max_m: float) -> Tensor:
+    """The margins of classes that need not be all of them; `rarest` is the smallest count of all."""
+    return (float(max_m) * counts**-0.25 / rarest**-0.25).to(torch.get_default_dtype())
+
+
+def check_max_m(max_m: float) -> None:
     _check_number("max_m", max_m)
     if not math.isfinite(as_float(max_m)):
         raise ValueError(f"max_m must be finite, got {max_m}")
-    rarity = _counts(cls_num_list) ** -0.25
-    return (float(max_m) * rarity / rarity.max()).to(torch.get_default_dtype())
 
 
 def effective_number_weights(cls_num_list: Sequence[int] | Tensor, beta: float = 0.9999) -> Tensor:
@@ -86,7 +95,7 @@ def effective_number_weights(cls_num_list: Sequence[int] | Tensor, beta: float =
     _check_number("beta", beta)
     if not 0 <= beta < 1:
         raise ValueError(f"beta must lie in [0, 1), got {beta}")
-    counts = _counts(cls_num_list)
+    counts = checked_counts(cls_num_list)
     if beta == 0:
         return torch.ones(len(counts))
     # 1 - beta^n without cancellation for beta near 1.
@@ -108,13 +117,13 @@ def inverse_frequency_weights(cls_num_list: Sequence[int] | Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: a count below 1 (the message names the class), or fewer than two classes.
     """
-    counts = _counts(cls_num_list)
+    counts = checked_counts(cls_num_list)
     if len(counts) < 2:
         raise ValueError(f"inverse_frequency_weights needs at least 2 classes in cls_num_list, got {len(counts)}")
     return ((1.0 - counts / counts.sum()) / (len(counts) - 1)).to(torch.get_default_dtype())
 
 
-def _counts(cls_num_list: Sequence[int] | Tensor) -> Tensor:
+def checked_counts(cls_num_list: Sequence[int] | Tensor) -> Tensor:
     """The checked counts as a float64 CPU tensor, (C,)."""
     counts = _dense("cls_num_list", cls_num_list, "a sequence of class counts")
     if counts.is_complex():

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_dense, check_memory
-from .class_parallel import ClassGroup, ClassShares
+from .class_parallel import ClassGroup, ClassShares, explained
 from .functional import Normalizer, check_options, check_table, lmf_loss
-from .margins import ldam_margins
+from .margins import check_max_m, checked_counts, ldam_margins, margins_from_rarest
 
 
 class _Loss(nn.Module):
@@ -141,10 +141,12 @@ class LMFLoss(_Loss):
         reduction: 'none', 'sum' or 'mean' (LDAM: weighted mean as in F.cross_entropy; focal: mean over kept samples).
         backend: 'auto', 'triton', 'native' or 'reference'; see `lmf_loss`.
         class_group: the process group whose ranks hold the classes between them, or `ClassShares`; see `lmf_loss`.
-            cls_num_list and the weights are those of all classes on every rank.
+            cls_num_list and the weights are those of all classes on every rank. With `ClassShares`, where building the
+            loss exchanges the count of the rarest class, they may all be this rank's share instead, on every rank.
 
     Attributes:
-        margins, ldam_weight, focal_weight: buffers of shape (C,); `set_weight` changes the weights in place.
+        margins, ldam_weight, focal_weight: buffers of shape (C,), or of the share that was given; `set_weight` changes
+            the weights in place.
 
     Shape:
         input: logits (C,), (N, C) or (N, C, d1, ..., dk) in float16, bfloat16, float32 or float64.
@@ -182,7 +184,7 @@ class LMFLoss(_Loss):
         backend: str = "auto",
         class_group: ClassGroup | None = None,
     ) -> None:
-        margins = ldam_margins(cls_num_list, max_m)
+        margins = _margins(cls_num_list, max_m, class_group)
         if weight is not None:
             if ldam_weight is not None or focal_weight is not None:
                 raise ValueError(
@@ -244,7 +246,7 @@ class LDAMLoss(_Loss):
         backend: str = "auto",
         class_group: ClassGroup | None = None,
     ) -> None:
-        margins = ldam_margins(cls_num_list, max_m)
+        margins = _margins(cls_num_list, max_m, class_group)
         super().__init__(
             margins=margins,
             ldam_weight=_own_weights("weight", weight, len(margins)),
@@ -304,6 +306,32 @@ class FocalLoss(_Loss):
             backend=backend,
             class_group=class_group,
         )
+
+
+def _margins(cls_num_list: Sequence[int] | Tensor, max_m: float, class_group: ClassGroup | None) -> Tensor:
+    """The margins of all classes; or of this rank's, whose ranks then tell one another their rarest class."""
+    if not isinstance(class_group, ClassShares):
+        return ldam_margins(cls_num_list, max_m)
+    import torch.distributed as dist
+
+    check_max_m(max_m)
+    sizes = class_group.total, class_group.local
+    if len(cls_num_list) not in sizes:
+        raise ValueError(
+            f"cls_num_list must hold the {sizes[0]} classes of all ranks or the {sizes[1]} of this one, "
+            f"got {len(cls_num_list)}"
+        )
+    share = len(cls_num_list) != class_group.total
+    empty = share and class_group.local == 0
+    counts = torch.empty(0, dtype=torch.float64) if empty else checked_counts(cls_num_list)
+    rarest = float("inf") if empty else counts.min().item()
+    known = torch.tensor([rarest, share, not share], dtype=torch.float64, device=class_group.device)
+    with explained("the exchange of the ranks' rarest classes", class_group.group):
+        dist.all_reduce(known, dist.ReduceOp.MIN, group=class_group.group)
+    known = known.cpu()
+    if not known[1:].any():
+        raise ValueError("cls_num_list must hold all classes on all ranks or this rank's share on all, got both")
+    return margins_from_rarest(counts, known[0], max_m)
 
 
 def _num_classes(weight: Tensor) -> int:

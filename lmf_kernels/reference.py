@@ -33,6 +33,9 @@ negated sums of these for the target,
     dL/dz_j = r1 c1 exp(z_j - m) + r2 c2 exp(s (z_j - m))      j != y
     dL/dz_y = -(r1 g1 + r2 g2)                                                                    (eq. 8)
 
+r1 and r2 are grad_output over the denominators of the focal and of the LDAM mean. The kernels save
+(m, c1, c2, g1, g2) for each row in forward; backward evaluates eq. 8 alone.
+
 **Without log T.** For log-odds x = u + log T with T >= 1 (a and b of eq. 2), let e = exp(-|u|):
 
     softplus(x) = max(u, 0) + log(1 + y),    1 + y = T + e  where u > 0, else 1 + T e
@@ -40,9 +43,6 @@ negated sums of these for the target,
 
 No sum cancels, and c of eq. 7 needs no division by T. The native kernels take this form, and sigmoid(a)^gamma of
 eq. 3 from the sigmoid itself.
-
-r1 and r2 are grad_output over the denominators of the focal and of the LDAM mean. The kernels save
-(m, c1, c2, g1, g2) for each row in forward; backward evaluates eq. 8 alone.
 
 **Edges**, in this order of precedence:
 

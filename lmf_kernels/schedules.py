@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .class_parallel import ClassShares
 from .margins import effective_number_weights
 from .modules import _Loss
 
@@ -25,7 +26,8 @@ class DeferredReweighting:
         loss: `LMFLoss`, `LDAMLoss`, or a `FocalLoss` built with `weight=torch.ones(C)`. Weights that it was built with
         are
             replaced.
-        cls_num_list: training samples per class, each >= 1, length C.
+        cls_num_list: training samples per class, each >= 1, length C; of all ranks' classes also where the loss holds
+            this rank's share.
         epoch: the first epoch with weights, counted from 0; 160 of 200 in LDAM-DRW.
         beta: in [0, 1); see `effective_number_weights`.
 
@@ -53,8 +55,12 @@ class DeferredReweighting:
         current = loss.focal_weight if loss.ldam_weight is None else loss.ldam_weight
         if current is None:
             raise ValueError("loss must be built with class weights: FocalLoss(weight=torch.ones(C))")
-        if current.shape != weight.shape:
-            raise ValueError(f"cls_num_list must hold {len(current)} counts, one a class of loss, got {len(weight)}")
+        shares = loss.class_group if isinstance(loss.class_group, ClassShares) else None
+        num_classes = len(current) if shares is None else shares.total
+        if len(weight) != num_classes:
+            raise ValueError(f"cls_num_list must hold {num_classes} counts, one a class of loss, got {len(weight)}")
+        if shares is not None and len(current) != num_classes:
+            weight = weight[shares.first : shares.first + shares.local]
         self.loss = loss
         self.epoch = epoch
         self.weight = weight

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import gc
+import signal
 import tempfile
 import time
 import traceback
@@ -12,15 +14,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group, which its functions would keep, and its threads, to the end
 import torch.multiprocessing as mp
 
 LIMIT, TIMEOUT = 300.0, 60.0  # seconds, of all cases and of a collective: nothing may hang
 
 
-def run(ranks: int, cases: list[tuple[Callable[..., None], Any]]) -> list[list[str | None]]:
+def run(
+    ranks: int, cases: list[tuple[Callable[..., None], Any]], killed: frozenset[int] = frozenset()
+) -> dict[int, list[str | None]]:
     """Calls the cases, functions with their argument or None, on every rank; each rank's errors or None.
 
-    The functions must be importable by name.
+    The functions must be importable by name. The ranks `killed` must end by SIGKILL, and say nothing.
     """
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -40,8 +45,10 @@ def run(ranks: int, cases: list[tuple[Callable[..., None], Any]]) -> list[list[s
         while not queue.empty():
             rank, errors = queue.get()
             results[rank] = errors
-    assert len(results) == ranks, f"exit codes {[process.exitcode for process in processes]}"
-    return [results[rank] for rank in range(ranks)]
+    codes = [process.exitcode for process in processes]
+    assert codes == [-signal.SIGKILL if rank in killed else 0 for rank in range(ranks)], f"exit codes {codes}"
+    assert results.keys() == set(range(ranks)) - killed
+    return results
 
 
 def _rank(rank: int, ranks: int, store: Path, queue: Any, cases: list[tuple[Callable[..., None], Any]]) -> None:
@@ -58,3 +65,4 @@ def _rank(rank: int, ranks: int, store: Path, queue: Any, cases: list[tuple[Call
             errors.append(traceback.format_exc())
     queue.put((rank, errors))
     dist.destroy_process_group()
+    gc.collect()  # frames of expected errors hold groups, too

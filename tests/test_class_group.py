@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import datetime
 import functools
+import gc
+import os
+import signal
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +21,17 @@ from oracle import expected
 from ranks import run
 from torch import Tensor
 
-from lmf_kernels import ClassShares, FocalLoss, LDAMLoss, LinearLMFLoss, LMFLoss, linear_lmf_loss, lmf_loss
+from lmf_kernels import (
+    ClassShares,
+    DeferredReweighting,
+    FocalLoss,
+    LDAMLoss,
+    LinearLMFLoss,
+    LMFLoss,
+    global_normalizer,
+    linear_lmf_loss,
+    lmf_loss,
+)
 
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="the interpreter's process tests Triton alone"),
@@ -292,6 +306,71 @@ def data_and_class_parallel() -> None:
         close(grad_head, (exact_grad.t() @ x)[columns])
 
 
+def compare_modules_of_shares(sizes: tuple[int, ...]) -> None:
+    """Class counts and weights given as this rank's share: whole margins' values, and the whole loss."""
+    group, mine, classes = dist.new_group(), share(sizes), sum(sizes)
+    local = sizes[dist.get_rank()]
+    for rarest in (0, classes - 1):  # on the first rank that holds a class, and on the last
+        counts = counts_of(classes)
+        counts[rarest] = 2
+        weight = torch.linspace(0.5, 2, classes)
+        z, y, x = torch.randn(9, classes), torch.randint(0, classes, (9,)), torch.randn(9, 5)
+        shares = ClassShares(group, local)
+        for make, tables in (
+            (lambda n, **kw: LMFLoss(n, s=4.0, **kw), ("weight", "ldam_weight", "focal_weight")),
+            (lambda n, **kw: LDAMLoss(n, s=4.0, **kw), ("weight",)),
+        ):
+            for table in tables:
+                whole = make(counts, **{table: weight})
+                spread = make(counts[mine], class_group=shares, **{table: weight[mine]})
+                assert spread.margins.shape == spread.ldam_weight.shape == (local,)
+                torch.testing.assert_close(spread.margins, whole.margins[mine], rtol=1e-6, atol=0)
+                torch.testing.assert_close(spread(z[:, mine], y), whole(z, y), rtol=1e-5, atol=0)
+        spread.set_weight(torch.ones(local))
+        whole.set_weight(torch.ones(classes))
+        torch.testing.assert_close(spread(z[:, mine], y), whole(z, y), rtol=1e-5, atol=0)
+        for loss in (whole, spread):
+            DeferredReweighting(loss, counts, epoch=0)(0)
+        torch.testing.assert_close(spread.ldam_weight, whole.ldam_weight[mine])
+        if local != classes:
+            with pytest.raises(ValueError, match=f"cls_num_list must hold {classes} counts"):
+                DeferredReweighting(spread, counts[:2])
+            with pytest.raises(ValueError, match=f"loss must hold the class weights of all {classes} classes"):
+                global_normalizer(y, spread)
+
+        head = LinearLMFLoss(5, counts[mine], weight=weight[mine], class_group=shares)
+        assert head.linear.weight.shape == (local, 5) and head.margins.shape == (local,)
+        same = LinearLMFLoss(5, counts, weight=weight, class_group=shares)
+        same.linear.load_state_dict(head.linear.state_dict())
+        torch.testing.assert_close(head(x, y), same(x, y), rtol=1e-5, atol=0)
+
+    with pytest.raises(ValueError, match=rf"cls_num_list must hold the {classes} classes .* or the {local} of this"):
+        LMFLoss(torch.full((classes + 1,), 5), class_group=shares)
+    mixed = counts if dist.get_rank() == 0 else counts[mine]
+    with pytest.raises(ValueError, match="all classes on all ranks or this rank's share on all, got both"):
+        LMFLoss(mixed, class_group=shares)
+
+
+def groups_are_freed() -> None:
+    """No loss and no head keeps a group, and with it its threads, beyond destroy_process_group."""
+    group, mine = dist.new_group(), share((3, 4))
+    alive = weakref.ref(group)
+    z, y = torch.randn(3, 7)[:, mine].clone().requires_grad_(), torch.tensor([0, 6, 3])
+    x = torch.randn(3, 5).requires_grad_()
+    lmf_loss(z, y, class_group=group).backward()
+    criterion = LMFLoss(counts_of(7), class_group=group)
+    head = LinearLMFLoss(5, counts_of(7), class_group=group)
+    criterion(z, y).backward()
+    kept = head(x, y)
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    assert alive() is None
+    for call in (lambda: criterion(z, y), lambda: head(x, y), kept.backward):
+        with pytest.raises(RuntimeError, match="class_group: the process group has been destroyed"):
+            call()
+
+
 # ---- failures -------------------------------------------------------------------------------------------------------
 def one_rank_fails() -> None:
     """Last, as it breaks its group."""
@@ -310,8 +389,22 @@ def one_rank_fails() -> None:
         assert caught.type is ValueError
         assert "weight must have shape (4,) (this rank's share) or (7,)" in str(caught.value)
     else:
-        assert caught.type is RuntimeError and "another rank raised an error" in str(caught.value)
+        assert caught.type is RuntimeError and "another rank raised an error or ended" in str(caught.value)
         assert str(caught.value).startswith("class_group: the max-reduction of the rows' largest logits failed")
+
+
+def one_rank_is_killed() -> None:
+    """Between building the head and its first collective."""
+    limit = 20.0
+    group = dist.new_group(timeout=datetime.timedelta(seconds=limit))
+    head = LinearLMFLoss(5, counts_of(7), class_group=group)
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="another rank raised an error or ended before it came here") as caught:
+        head(torch.randn(3, 5), torch.tensor([0, 6, 3]))
+    assert str(caught.value).startswith("class_group: the max-reduction of the rows' largest logits failed")
+    assert time.monotonic() - start < limit + 5
 
 
 # ---- the tests: one start of processes for each number of ranks ------------------------------------------------------
@@ -323,6 +416,8 @@ CASES: dict[int, list[tuple[Callable[..., None], Any]]] = {
         (count_collectives, None),
         (compare_linear, (5, 8)),
         (compare_modules, None),
+        (compare_modules_of_shares, (5, 3)),
+        (groups_are_freed, None),
         (one_rank_fails, None),
     ],
     3: [
@@ -330,6 +425,8 @@ CASES: dict[int, list[tuple[Callable[..., None], Any]]] = {
         (compare_losses, (4, 0, 3)),
         (compare_linear, (0, 5, 4)),
         (compare_linear, (2, 9, 3)),
+        (compare_modules_of_shares, (2, 7, 4)),
+        (compare_modules_of_shares, (0, 5, 4)),
         (compare_dtensor, None),
     ],
     4: [(data_and_class_parallel, None)],
@@ -337,7 +434,7 @@ CASES: dict[int, list[tuple[Callable[..., None], Any]]] = {
 
 
 @functools.cache
-def outcomes(ranks: int) -> list[list[str | None]]:
+def outcomes(ranks: int) -> dict[int, list[str | None]]:
     """What each rank says of each case: None, or the error."""
     return run(ranks, CASES[ranks])
 
@@ -351,8 +448,13 @@ def outcomes(ranks: int) -> list[list[str | None]]:
     ],
 )
 def test_ranks(ranks, case):
-    for rank, errors in enumerate(outcomes(ranks)):
+    for rank, errors in outcomes(ranks).items():
         assert errors[case] is None, f"rank {rank} of {ranks}:\n{errors[case]}"
+
+
+def test_a_killed_rank():
+    for rank, (error,) in run(3, [(one_rank_is_killed, None)], killed=frozenset({1})).items():
+        assert error is None, f"rank {rank}:\n{error}"
 
 
 def test_without_a_process_group():
