@@ -29,10 +29,10 @@ class Floor(torch.autograd.Function):
         return logits * 0.5
 
 
-def contenders(num_classes: int, device: torch.device, compiled: bool = True) -> dict[str, Loss]:
+def contenders(num_classes: int, device: torch.device, compiled: bool = True, backend: str = "auto") -> dict[str, Loss]:
     """The losses that are compared, by name; LMF with the margins of a long-tailed class distribution."""
     counts = torch.logspace(3, 0, num_classes).ceil()
-    fused = LMFLoss(counts).to(device)
+    fused = LMFLoss(counts, backend=backend).to(device)
     eager = LMFLoss(counts, backend="reference").to(device)
     losses: dict[str, Loss] = {
         "cross_entropy": F.cross_entropy,

@@ -1,6 +1,6 @@
 """Forward + backward of the LMF loss and its peers with pytest-benchmark, grouped by shape.
 
-    pytest benchmarks/ --benchmark-only [--device cuda]
+    pytest benchmarks/ --benchmark-only [--device cuda] [--backend native]
 
 The focal losses of kornia and MONAI take part where those packages are installed; they have no LDAM term.
 """
@@ -30,7 +30,7 @@ NAMES = ["cross_entropy", "lmf fused", "lmf eager", "lmf compiled", *PEERS]
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def test_forward_backward(benchmark, shape, name, device):
+def test_forward_backward(benchmark, shape, name, device, backend):
     benchmark.group = "x".join(map(str, shape))
     logits, target = batch(shape, torch.float32, device)
     if name in PEERS:
@@ -39,7 +39,7 @@ def test_forward_backward(benchmark, shape, name, device):
         except ImportError as error:
             pytest.skip(f"{error.name} is not installed")
     else:
-        loss = contenders(shape[1], device)[name]
+        loss = contenders(shape[1], device, backend=backend)[name]
     if name == "lmf fused":
         check(loss, logits, target)
 

@@ -167,6 +167,29 @@ def test_wrong_options(tmp_path, capsys, arguments, expected):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a CUDA device")
+def test_many_classes(capsys):
+    assert cli.main(["many-classes", "--classes", "500", "--features", "8", "--batch", "64", "--rounds", "3"]) == 0
+    title, head, _, *rows, gain = capsys.readouterr().out.splitlines()
+    assert title == "Linear classifier 8 -> 500, batch 64, 3 rounds"
+    assert re.split(r"  +", head) == ["Loss", "step ms", "loss ms", "share of step"]
+    cells = [re.split(r"  +", row) for row in rows]
+    assert [name for name, *_ in cells] == ["cross_entropy", "lmf fused", "lmf eager"]
+    for _, step, part, share in cells:
+        assert 0 <= float(part) <= float(step)
+        assert 0 < float(share.removesuffix("%")) <= 100
+    assert gain.startswith("Whole step with fused LMF: ")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [("--classes", "0", "--classes"), ("--rounds", "x", "--rounds"), ("--device", "cuda:9", "--device cuda:9")],
+)
+def test_many_classes_with_wrong_options(option, value, said, capsys):
+    assert cli.main(["many-classes", option, value]) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
 def test_missing_device(tmp_path, capsys):
     assert_refused(["--device", "cuda"], tmp_path / "out", capsys, "--device cuda")
 

@@ -9,11 +9,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import NoReturn
 
-from . import checkpoint, gradcam
+from . import checkpoint, gradcam, many_classes
 from .config import Config
 from .config_file import config_arguments
 from .errors import UserError
-from .experiment import Experiment
+from .experiment import Experiment, usable_device
 from .loop import AMP, Speed
 from .losses import CLASS_WEIGHTS, LABELS, LossOptions
 from .models import HEADS, LAST_LAYER, TIMM, Protocol, check_model_name, is_small, protocol_of, smallest_image
@@ -24,6 +24,7 @@ from .split import describe_split
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 NO_WEIGHTS = "none"  # overrides a config file's
+MANY_CLASSES = "many-classes"  # the command beside the comparison
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
 
@@ -37,7 +38,10 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        if arguments[:1] == [MANY_CLASSES]:
+            return _many_classes(arguments[1:])
         return _run(Experiment(parse(argv)))
     except UserError as error:
         print("train.py: error:", " ".join(str(error).split()), file=sys.stderr)  # one line
@@ -46,6 +50,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     finally:
         leave()
+
+
+def _many_classes(arguments: Sequence[str]) -> int:
+    """What the loss takes of a step of a linear classifier of many classes."""
+    parser = Parser(prog=f"train.py {MANY_CLASSES}", allow_abbrev=False, description=many_classes.__doc__)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    sizes = {"features": 512, "classes": 20_000, "batch": 1024, "rounds": many_classes.ROUNDS}
+    for name, size in sizes.items():
+        parser.add_argument(f"--{name}", type=_positive, default=size, help=f"default: {size}")
+    options = parser.parse_args(arguments)
+    device = usable_device(options.device)
+    print(f"Linear classifier {options.features} -> {options.classes}, batch {options.batch}, {options.rounds} rounds")
+    print(
+        many_classes.table(
+            many_classes.measure(device, options.features, options.classes, options.batch, options.rounds)
+        )
+    )
+    return 0
 
 
 def parse(argv: Sequence[str] | None) -> Config:
@@ -134,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="train.py",
         allow_abbrev=False,
         description="Train on imbalanced data with each loss of the LMF paper and compare the results.",
+        epilog=f"train.py {MANY_CLASSES} times a step of a classifier of 20,000 classes instead; see its --help.",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="a TOML file of options; given ones win over it")
     parser.add_argument("--data", default="digits", help=f"{FORMS} (default: digits)")

@@ -32,7 +32,7 @@ class Experiment:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.ranks, self.device = join(_device(config.device))
+        self.ranks, self.device = join(usable_device(config.device))
         torch.set_num_threads(config.threads)
         self.samples = _readable(read(config.data), config.strict)
         self.samples.check()
@@ -175,7 +175,8 @@ def _image_shape(samples: Samples, model: str, size: int | None) -> tuple[int, i
     return shape
 
 
-def _device(name: str) -> torch.device:
+def usable_device(name: str) -> torch.device:
+    """The device of --device; a UserError if this machine has none such."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
