@@ -8,10 +8,6 @@
 #include <c10/util/SmallVector.h>
 #include <torch/library.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
@@ -195,24 +191,10 @@ static void write_gradient(const at::Tensor& grad_output_in, const at::Tensor& l
   if (copied) result.copy_(grad);
 }
 
-// Asks for huge pages under a large gradient, as NumPy does for its arrays: the faults of its 4 KiB pages would take
-// several times as long as the kernel. Not below the largest size that glibc may take from its heap, which others
-// share.
-static void ask_for_huge_pages(const at::Tensor& grad) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096, kWorthwhile = 32 << 20;
-  if (grad.nbytes() < kWorthwhile) return;
-  const auto begin = reinterpret_cast<uintptr_t>(grad.mutable_data_ptr());
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, end = (begin + grad.nbytes()) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // a failure changes nothing
-#endif
-}
-
 static at::Tensor backward_cpu(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
                                const at::Tensor& stats, const at::Tensor& denominators, double alpha, double beta,
                                double s) {
   const at::Tensor result = at::empty_like(logits);
-  ask_for_huge_pages(result);
   write_gradient(grad_output, logits, target, stats, denominators, alpha, beta, s, result);
   return result;
 }

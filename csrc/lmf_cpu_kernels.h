@@ -29,7 +29,11 @@ struct Exponentials {
       : both(p.alpha != 0 && p.beta != 0 && p.s != 1), scale(p.alpha != 0 && p.beta == 0 ? p.s : 1.0) {}
 };
 
-inline bool use_row_walk(const Problem& p) { return p.strides.classes == 1 && p.classes > kTileMostContiguousClasses; }
+// Neighbouring classes, more than which take the row walk: from there on transposing tiles costs more than reducing
+// rows. Backward needs a whole vector.
+constexpr int kTileMostClassesForward = 128, kTileMostClassesBackward = 16;
+
+inline bool use_row_walk(const Problem& p, int tile_most) { return p.strides.classes == 1 && p.classes > tile_most; }
 
 template <typename A>
 using Scale = typename VectorMath<A>::Scale;
@@ -152,41 +156,89 @@ void tile_statistics(const Problem& p, Scale<A> s, const T* z, int64_t count, A*
   }
 }
 
-// The row walk: one row of neighbouring classes; a lane a class.
-template <typename T, typename A, bool both>
-void row_statistics(const Problem& p, Scale<A> s, const T* z, int64_t lane, A* staged, Rows<A>& rows) {
+// A chunk of a row in vectors of competitors: those in memory without the target's, which is replaced by one whose
+// target is -inf, and a tail that is filled up with -inf.
+template <typename T, typename A>
+class Competitors {
   using M = VectorMath<A>;
   using V = typename M::Value;
-  constexpr int kLanes = M::kLanes, kUnroll = 4;
+  static constexpr int kLanes = M::kLanes, kUnroll = 4;
+
+ public:
+  // `target` is its place in the chunk, or outside.
+  Competitors(const T* z, int64_t count, int64_t target)
+      : z_(z), whole_(count / kLanes * kLanes), gap_(whole_), extra_{M::of(-infinity<A>()), M::of(-infinity<A>())} {
+    const auto lanes = lane_numbers<M>();
+    const auto number = [&](int64_t lane) { return lanes - lanes + decltype(lanes[0] + 0)(lane); };
+    const bool known = uint64_t(target) < uint64_t(count);
+    if (known && target < whole_) {
+      gap_ = target / kLanes * kLanes;
+      extra_[0] = M::select(lanes == number(target - gap_), extra_[0], load(z + gap_));
+    }
+    if (whole_ < count) {  // the last lanes of a vector that ends with the chunk, or the first of one that does not
+      const int64_t rest = count - whole_, begin = whole_ ? count - kLanes : 0, first = whole_ ? kLanes - rest : 0;
+      const V tail = whole_ ? load(z + begin) : load_some(z, rest);
+      const auto out = (lanes < number(first)) | (lanes >= number(first + rest)) |
+                       (lanes == number(known ? target - begin : kLanes));
+      extra_[1] = M::select(out, extra_[1], tail);
+    }
+  }
+
+  A largest(A m) const {
+    V most[kUnroll];
+    for (int u = 0; u < kUnroll; u++) most[u] = M::of(m);
+    for (const auto& [first, last] : ranges()) {
+      int64_t j = first;
+      for (; j + kUnroll * kLanes <= last; j += kUnroll * kLanes) {
+        for (int u = 0; u < kUnroll; u++) most[u] = M::max(load(z_ + j + u * kLanes), most[u]);
+      }
+      for (; j < last; j += kLanes) most[0] = M::max(load(z_ + j), most[0]);
+    }
+    for (int k = 0; k < 2; k++) most[k + 1] = M::max(extra_[k], most[k + 1]);
+    return M::largest(M::max(M::max(most[0], most[1]), M::max(most[2], most[3])));
+  }
+
+  // `ahead` follows in memory, in this row or the next: it arrives while the exponentials are busy.
+  template <bool both>
+  void add_to(Sums<M, both>& sums, V anchor, Scale<A> s, const T* ahead) const {
+    for (const auto& [first, last] : ranges()) {
+      for (int64_t j = first; j < last; j += kLanes) {
+        __builtin_prefetch(ahead + j);
+        sums.add(load(z_ + j) - anchor, s);
+      }
+    }
+    for (const V& extra : extra_) sums.add(extra - anchor, s);
+  }
+
+ private:
+  struct Range {
+    int64_t first, last;
+  };
+  struct Ranges {
+    Range range[2];
+    const Range* begin() const { return range; }
+    const Range* end() const { return range + 2; }
+  };
+  Ranges ranges() const { return {{{0, gap_}, {gap_ + kLanes, whole_}}}; }
+  const T* z_;
+  int64_t whole_, gap_;  // gap_: where the target's vector is left out; whole_ if it is not there
+  V extra_[2];
+};
+
+// The row walk: one row of neighbouring classes; a lane a class.
+template <typename T, typename A, bool both>
+void row_statistics(const Problem& p, Scale<A> s, const T* z, int64_t lane, Rows<A>& rows) {
+  using M = VectorMath<A>;
   A m = -infinity<A>();
   Sums<M, both> sums;
   for (int64_t first = 0; first < p.classes; first += kRowChunk) {
     const int64_t chunk = p.classes - first < kRowChunk ? p.classes - first : kRowChunk;
-    const int64_t whole = chunk / kLanes * kLanes;
-    const int64_t padded = (chunk + kUnroll * kLanes - 1) / (kUnroll * kLanes) * (kUnroll * kLanes);
-    for (int64_t j = 0; j < whole; j += kLanes) store(staged + j, load(z + first + j));
-    if (whole < chunk) store(staged + whole, load_some(z + first + whole, chunk - whole));
-    for (int64_t j = chunk; j < padded; j++) staged[j] = -infinity<A>();
     const int64_t target = rows.y[lane] - first;
-    if (target >= 0 && target < chunk) {
-      rows.z_y[lane] = staged[target];
-      staged[target] = -infinity<A>();
-    }
-
-    V largest[kUnroll];
-    for (int u = 0; u < kUnroll; u++) largest[u] = M::of(m);
-    for (int64_t j = 0; j < padded; j += kUnroll * kLanes) {
-      for (int u = 0; u < kUnroll; u++) largest[u] = M::max(load(staged + j + u * kLanes), largest[u]);
-    }
-    const A next = M::largest(M::max(M::max(largest[0], largest[1]), M::max(largest[2], largest[3])));
-    const V anchor = M::of(next == -infinity<A>() ? A(0) : next);
+    if (target >= 0 && target < chunk) rows.z_y[lane] = load_some(z + first + target, 1)[0];
+    const Competitors<T, A> competitors(z + first, chunk, target);
+    const A next = competitors.largest(m);
     if (first) sums.rescale(change_of<M>(M::of(m), M::of(next)), s);
-    // What is staged next follows in memory, in this row or the next: it arrives while the exponentials are busy.
-    const char* const ahead = reinterpret_cast<const char*>(z + first + chunk);
-    for (int64_t j = 0; j < padded; j += kLanes) {
-      __builtin_prefetch(ahead + j * sizeof(T));
-      sums.add(load(staged + j) - anchor, s);
-    }
+    competitors.add_to(sums, M::of(next == -infinity<A>() ? A(0) : next), s, z + first + chunk);
     m = next;
   }
   rows.m[lane] = m;
@@ -197,7 +249,7 @@ void row_statistics(const Problem& p, Scale<A> s, const T* z, int64_t lane, A* s
 // Eq. 1 alone, over a slice of the classes. Every row is walked, with or without its target in the slice.
 template <typename T, typename A, bool both>
 void statistics_rows(const StatisticsArguments& p, Scale<A> scale, int64_t begin, int64_t end) {
-  const bool row_walk = use_row_walk(p);
+  const bool row_walk = use_row_walk(p, kTileMostClassesForward);
   alignas(64) A staged[kTileRows * kTileClasses];
   Rows<A> rows = {};
   for (Walk walk(p, begin, end); walk.count; walk.advance()) {
@@ -210,7 +262,7 @@ void statistics_rows(const StatisticsArguments& p, Scale<A> scale, int64_t begin
     const T* const z = static_cast<const T*>(p.logits) + walk.offset(p.strides);
     if (row_walk) {
       for (int64_t lane = 0; lane < count; lane++) {
-        row_statistics<T, A, both>(p, scale, z + lane * p.strides.inner, lane, staged, rows);
+        row_statistics<T, A, both>(p, scale, z + lane * p.strides.inner, lane, rows);
       }
     } else {
       tile_statistics<T, A, both>(p, scale, z, count, staged, rows);
@@ -293,9 +345,10 @@ struct Tables {
         focal_weight(p.focal_weight, p.classes, 1) {}
 };
 
+// Flat, since a call inside moves whole vectors through memory.
 template <typename A>
-void finish_rows(const ForwardArguments& p, const Options<A>& o, const Tables<A>& tables, int64_t row, int64_t count,
-                 Rows<A>& rows, LaneSums<A>& sums) {
+__attribute__((flatten)) void finish_rows(const ForwardArguments& p, const Options<A>& o, const Tables<A>& tables,
+                                          int64_t row, int64_t count, Rows<A>& rows, LaneSums<A>& sums) {
   using M = VectorMath<A>;
   using W = WideMath<M>;
   static_assert(kTileRows % W::kLanes == 0);
@@ -359,7 +412,7 @@ void forward_rows(const ForwardArguments& p, Scale<A> scale, int64_t begin, int6
                   Partial* partials) {
   const Options<A> options = {A(p.alpha), A(p.beta), A(p.gamma), A(p.s)};
   const Tables<A> tables(p);
-  const bool row_walk = use_row_walk(p);
+  const bool row_walk = use_row_walk(p, kTileMostClassesForward);
   alignas(64) A staged[kTileRows * kTileClasses];
   Rows<A> rows = {};
   for (int64_t first = begin; first < end; first += rows_per_block, partials++) {
@@ -372,7 +425,7 @@ void forward_rows(const ForwardArguments& p, Scale<A> scale, int64_t begin, int6
       if (row_walk) {
         for (int64_t lane = 0; lane < count; lane++) {
           if (rows.y[lane] == kIgnored) continue;
-          row_statistics<T, A, both>(p, scale, z + lane * p.strides.inner, lane, staged, rows);
+          row_statistics<T, A, both>(p, scale, z + lane * p.strides.inner, lane, rows);
         }
       } else {
         tile_statistics<T, A, both>(p, scale, z, count, staged, rows);
@@ -531,19 +584,20 @@ void row_gradient(const BackwardArguments& p, Scale<A> s, int64_t y, const T* z,
   using M = VectorMath<A>;
   using V = typename M::Value;
   constexpr int kLanes = M::kLanes;
-  const int64_t whole = p.classes / kLanes * kLanes, rest = p.classes - whole;
+  const int64_t whole = p.classes / kLanes * kLanes, last = p.classes - kLanes;
   if (c.live[lane] == 0) {
     for (int64_t j = 0; j < whole; j += kLanes) store(grad + j, M::of(0));
-    store_some(grad + whole, M::of(0), rest);
+    store_some(grad + whole, M::of(0), p.classes - whole);
     return;
   }
   const V m = M::of(c.m[lane]), rc1 = M::of(c.rc1[lane]), rc2 = M::of(c.rc2[lane]);
+  // The vector that ends with the row may overlap the one before: read while it holds logits, written afterwards.
+  V tail = m;
+  if (whole < p.classes) tail = competitor_gradient<M, both>(load(z + last) - m, rc1, rc2, s);
   for (int64_t j = 0; j < whole; j += kLanes) {
     store(grad + j, competitor_gradient<M, both>(load(z + j) - m, rc1, rc2, s));
   }
-  if (rest) {
-    store_some(grad + whole, competitor_gradient<M, both>(load_some(z + whole, rest) - m, rc1, rc2, s), rest);
-  }
+  if (whole < p.classes) store(grad + last, tail);
   // In no class here where the classes are a slice. Forward looked at the labels, but not necessarily at these: one
   // that was changed since then must not write elsewhere.
   if (uint64_t(y) < uint64_t(p.classes)) store_some(grad + y, M::of(c.at_target[lane]), 1);
@@ -551,7 +605,7 @@ void row_gradient(const BackwardArguments& p, Scale<A> s, int64_t y, const T* z,
 
 template <typename T, typename A, bool both>
 void backward_rows(const BackwardArguments& p, Scale<A> scale, int64_t begin, int64_t end) {
-  const bool row_walk = use_row_walk(p) && p.grad_strides.classes == 1;
+  const bool row_walk = use_row_walk(p, kTileMostClassesBackward) && p.grad_strides.classes == 1;
   alignas(64) A staged[kTileRows * kTileClasses];
   Coefficients<A> coefficients = {};
   for (Walk walk(p, begin, end); walk.count; walk.advance()) {

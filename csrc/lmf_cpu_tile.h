@@ -8,9 +8,8 @@
 namespace lmf {
 namespace LMF_ISA {
 
-constexpr int kTileRows = 64;                    // also the rows that share one evaluation of lmf_math.h
-constexpr int kTileClasses = 64;                 // 16 KiB of float are staged at a time
-constexpr int kTileMostContiguousClasses = 128;  // beyond, rows of neighbouring classes take the row walk
+constexpr int kTileRows = 64;     // also the rows that share one evaluation of lmf_math.h
+constexpr int kTileClasses = 64;  // 16 KiB of float are staged at a time
 
 // Chunks of nearly equal size, none above kTileClasses; with two of them each fills more than a vector.
 inline int64_t balanced_chunk(int64_t classes) {
@@ -66,7 +65,7 @@ struct Tile {
 
   bool rows_are_neighbours() const { return row_stride == 1; }
   bool is_whole_vectors(int lanes) const { return rows_are_neighbours() && rows % lanes == 0; }
-  bool classes_are_neighbours() const { return class_stride == 1 && classes <= kTileMostContiguousClasses; }
+  bool classes_are_neighbours() const { return class_stride == 1; }
 };
 
 // Applies `function(class)` to the first class of each square of kLanes classes in a chunk. The last square ends with

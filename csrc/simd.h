@@ -51,15 +51,44 @@ class FlushSubnormals {
 #endif
 };
 
+// The numbers of a vector's lanes, for shuffles.
+template <int... k>
+struct Lanes {};
+template <int n, int... k>
+struct CountLanes : CountLanes<n - 1, n - 1, k...> {};
+template <int... k>
+struct CountLanes<0, k...> {
+  using type = Lanes<k...>;
+};
+
+// Each lane of v from the lane whose number differs in the bit `distance`.
+template <int distance, typename M, int... k>
+inline typename M::Value exchanged(typename M::Value v, Lanes<k...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, (k ^ distance)...);
+#else
+  return __builtin_shuffle(v, typename M::Mask{(k ^ distance)...});
+#endif
+}
+
+template <typename M, int... k>
+inline typename M::Mask numbers_of(Lanes<k...>) {
+  return typename M::Mask{k...};
+}
+template <typename M>
+inline typename M::Mask lane_numbers() {
+  return numbers_of<M>(typename CountLanes<M::kLanes>::type());
+}
+
 // All lanes into one, by halves.
-template <typename V, typename Function>
-inline auto reduce(V v, Function function) {
-  constexpr int kLanes = sizeof(V) / sizeof(v[0]);
-  auto lanes = v;
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; lane++) lanes[lane] = function(lanes[lane], lanes[lane + half]);
+template <typename M, int distance = M::kLanes / 2, typename Function>
+inline typename M::Scalar reduce(typename M::Value v, Function function) {
+  if constexpr (distance == 0) {
+    return v[0];
+  } else {
+    const auto other = exchanged<distance, M>(v, typename CountLanes<M::kLanes>::type());
+    return reduce<M, distance / 2>(function(v, other), function);
   }
-  return lanes[0] + 0;
 }
 
 template <typename T>
@@ -85,10 +114,10 @@ struct VectorMath<float> {
 #endif
   }
   static inline float largest(f32v x) {
-    return reduce(x, [](float a, float b) { return a > b ? a : b; });
+    return reduce<VectorMath>(x, [](f32v a, f32v b) { return max(a, b); });
   }
   static inline float sum(f32v x) {
-    return reduce(x, [](float a, float b) { return a + b; });
+    return reduce<VectorMath>(x, [](f32v a, f32v b) { return a + b; });
   }
 
   // x / y for y in [1, 2^30], to 1 ulp: a division takes as long as ten multiplications.
@@ -230,10 +259,10 @@ struct VectorMath<double> {
   static inline f64v select(i64v mask, f64v yes, f64v no) { return mask ? yes : no; }
   static inline f64v max(f64v x, f64v y) { return x > y ? x : y; }
   static inline double largest(f64v x) {
-    return reduce(x, [](double a, double b) { return a > b ? a : b; });
+    return reduce<VectorMath>(x, [](f64v a, f64v b) { return max(a, b); });
   }
   static inline double sum(f64v x) {
-    return reduce(x, [](double a, double b) { return a + b; });
+    return reduce<VectorMath>(x, [](f64v a, f64v b) { return a + b; });
   }
   static inline f64v ratio(f64v x, f64v y) { return x / y; }
   static inline i64v load_labels(const int32_t* y) {
@@ -398,15 +427,6 @@ inline bool is_aligned(const T* p) {
 }
 
 // ---- transposition -------------------------------------------------------------------------------------------------
-
-template <int... k>
-struct Lanes {};
-template <int n, int... k>
-struct CountLanes : CountLanes<n - 1, n - 1, k...> {};
-template <int... k>
-struct CountLanes<0, k...> {
-  using type = Lanes<k...>;
-};
 
 // Swaps the off-diagonal blocks of `distance` lanes between two rows of a square matrix.
 template <int distance, typename M, int... k>

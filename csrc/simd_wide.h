@@ -7,7 +7,7 @@
 namespace lmf {
 namespace LMF_ISA {
 
-constexpr int kWide = 2;
+constexpr int kWide = 4;
 
 template <typename V>
 struct Wide {
@@ -16,9 +16,9 @@ struct Wide {
 
 template <typename Function>
 inline auto each(Function function) {
-  return Wide<decltype(function(0))>{{function(0), function(1)}};
+  return Wide<decltype(function(0))>{{function(0), function(1), function(2), function(3)}};
 }
-static_assert(kWide == 2, "each() names every part");
+static_assert(kWide == 4, "each() names every part");
 
 #define LMF_WIDE_OPERATOR(OP)                                   \
   template <typename V>                                         \
@@ -91,7 +91,7 @@ inline void store_wide(A* p, const Wide<V>& x, int64_t count) {
 // The sum of the parts, in a fixed order.
 template <typename V>
 inline V sum_parts(const Wide<V>& x) {
-  return x.v[0] + x.v[1];
+  return (x.v[0] + x.v[1]) + (x.v[2] + x.v[3]);
 }
 
 }  // namespace LMF_ISA

@@ -90,7 +90,7 @@ def test_powers_by_products_and_by_logarithms(gamma):
     ids=str,
 )
 def test_large_gradients_are_those_of_small_ones(shape, dtype):
-    """Gradients that are streamed past the caches, or that ask for huge pages, against those of one sample each."""
+    """Gradients that are streamed past the caches, against those of one sample each, which are not."""
     z = 3 * torch.randn(shape, dtype=dtype)
     y = torch.randint(0, shape[1], (shape[0], *shape[2:]))
     loss, grad = _loss_and_gradient(z, y)
