@@ -326,43 +326,32 @@ def check_labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
 
 
 class _FusedLoss(torch.autograd.Function):
-    """The loss of a fused backend, differentiable in the logits."""
+    """The loss of a fused backend, differentiable in the logits; `rest` is backend, target, margins, ...
+
+    What autograd need not look at comes as one argument, since it takes its time over each.
+    """
 
     @staticmethod
-    def forward(ctx: Any, backend: str, *arguments: Any) -> Tensor:
-        loss, stats, denominators = _fused(backend)[0](*arguments)
-        _save(ctx, backend, arguments, stats, denominators)
+    def forward(ctx: Any, logits: Tensor, rest: tuple[Any, ...]) -> Tensor:
+        backend, *arguments = rest
+        loss, stats, denominators = _fused(backend)[0](logits, *arguments)
+        _save(ctx, backend, (logits, *arguments), stats, denominators)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
-        if grad_output is None:
-            return (None,) * 14
-        logits, target, stats, denominators = ctx.saved_tensors
-        alpha, beta, _, s, _, _ = ctx.options
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            if ctx.versions != _versions(ctx.tables):
-                raise RuntimeError(
-                    "margins, class weights or normalizer were modified in place between forward and a backward with "
-                    "create_graph=True; modify them after it"
-                )
-            grad = _FusedGrad.apply(
-                ctx.backend, grad_output, logits, target, stats, denominators, *ctx.tables, *ctx.options
-            )
-        else:
-            grad = _fused(ctx.backend)[1](grad_output, logits, target, stats, denominators, alpha, beta, s)
-        return (None, grad, *(None,) * 12)
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return _gradient(ctx, grad_output), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> NoReturn:
         _refuse_forward_mode()
 
 
-class _TransformableLoss(_FusedLoss):
+class _TransformableLoss(torch.autograd.Function):
     """The same in the form that torch.func's transforms ask for, which costs 25 us more a call."""
 
     @staticmethod
-    def forward(backend: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def forward(backend: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         return _fused(backend)[0](*arguments)
 
     @staticmethod
@@ -373,8 +362,33 @@ class _TransformableLoss(_FusedLoss):
         _save(ctx, inputs[0], inputs[1:], stats, denominators)
 
     @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+        grad = None if grad_output is None else _gradient(ctx, grad_output)
+        return (None, grad, *(None,) * 12)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        _refuse_forward_mode()
+
+    @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], backend: str, *arguments: Any) -> tuple[Any, Any]:
         return forward_rule(functools.partial(_TransformableLoss.apply, backend), info, in_dims[1:], *arguments)
+
+
+def _gradient(ctx: Any, grad_output: Tensor) -> Tensor:
+    """The gradient in the logits of what `_save` kept; differentiable where the caller asked for that."""
+    logits, target, stats, denominators = ctx.saved_tensors
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if ctx.versions != _versions(ctx.tables):
+            raise RuntimeError(
+                "margins, class weights or normalizer were modified in place between forward and a backward with "
+                "create_graph=True; modify them after it"
+            )
+        return _FusedGrad.apply(
+            ctx.backend, grad_output, logits, target, stats, denominators, *ctx.tables, *ctx.options
+        )
+    alpha, beta, _, s, _, _ = ctx.options
+    return _fused(ctx.backend)[1](grad_output, logits, target, stats, denominators, alpha, beta, s)
 
 
 def _save(ctx: Any, backend: str, arguments: tuple[Any, ...], stats: Tensor, denominators: Tensor) -> None:
@@ -451,4 +465,4 @@ def fused_loss(backend: str, logits: Tensor, *arguments: Any) -> Tensor:
         return OPS[backend][0](logits, *arguments)[0]
     if torch._C._are_functorch_transforms_active():
         return _TransformableLoss.apply(backend, logits, *arguments)[0]
-    return _FusedLoss.apply(backend, logits, *arguments)
+    return _FusedLoss.apply(logits, (backend, *arguments))
