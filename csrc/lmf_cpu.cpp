@@ -41,7 +41,7 @@ struct Blocks {
   static constexpr int64_t kRowOverhead = 16;  // the cost of a row beside its classes, in logits
   static constexpr int64_t kBlockCost = 8192;  // in logits
   static constexpr int64_t kGrain = 4;         // blocks that are worth waking a thread for
-  static constexpr int64_t kTileRows = 64;     // as in lmf_cpu_kernels.h, to cut between tiles
+  static constexpr int64_t kTileRows = 64;     // as in lmf_cpu_tile.h, to cut between tiles
   static constexpr int64_t kMost = 1024;       // bounds the memory for partial sums
   int64_t rows_per_block, count;
 
