@@ -135,7 +135,7 @@ class Competitors {
   Competitors(const T* z, int64_t count, int64_t target)
       : z_(z), whole_(count / kLanes * kLanes), gap_(whole_), extra_{M::of(-infinity<A>()), M::of(-infinity<A>())} {
     const auto lanes = lane_numbers<M>();
-    const auto number = [&](int64_t lane) { return lanes - lanes + decltype(lanes[0] + 0)(lane); };
+    const auto number = [](int64_t lane) { return typename M::Mask{} + int32_t(lane); };
     const bool known = uint64_t(target) < uint64_t(count);
     if (known && target < whole_) {
       gap_ = target / kLanes * kLanes;
