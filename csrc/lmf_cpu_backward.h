@@ -22,13 +22,10 @@ void read_coefficients(const BackwardArguments& p, int64_t row, int64_t count, C
   V r1 = M::of(*grad_output / A(p.focal_denominator)), r2 = M::of(*grad_output / A(p.ldam_denominator));
   for (int64_t lane = 0; lane < count; lane += M::kLanes) {
     const auto read = [&](int k) {
-      const A* const stats = static_cast<const A*>(p.stats) + k * p.rows + row + lane;
-      return count - lane >= M::kLanes ? load(stats) : load_some(stats, count - lane);
+      return load_some(static_cast<const A*>(p.stats) + k * p.rows + row + lane, count - lane);
     };
-    if (p.grad_output_stride) {  // reduction none, without denominators
-      r1 = r2 = count - lane >= M::kLanes ? load(grad_output + row + lane)
-                                          : load_some(grad_output + row + lane, count - lane);
-    }
+    // Reduction none, without denominators.
+    if (p.grad_output_stride) r1 = r2 = load_some(grad_output + row + lane, count - lane);
     const V c1 = read(1), c2 = read(2);
     // A silent term contributes 0 even where its denominator is 0.
     const V k1 = M::select(c1 == zero, zero, r1 * c1), k2 = M::select(c2 == zero, zero, r2 * c2);

@@ -132,18 +132,22 @@ class Competitors {
 
  public:
   // `target` is its place in the chunk, or outside.
-  Competitors(const T* z, int64_t count, int64_t target)
-      : z_(z), whole_(count / kLanes * kLanes), gap_(whole_), extra_{M::of(-infinity<A>()), M::of(-infinity<A>())} {
+  Competitors(const T* z, int64_t count, int64_t target) : z_(z), extra_{M::of(-infinity<A>()), M::of(-infinity<A>())} {
+    const int64_t whole = count / kLanes * kLanes;
     const auto lanes = lane_numbers<M>();
     const auto number = [](int64_t lane) { return typename M::Mask{} + int32_t(lane); };
     const bool known = uint64_t(target) < uint64_t(count);
-    if (known && target < whole_) {
-      gap_ = target / kLanes * kLanes;
-      extra_[0] = M::select(lanes == number(target - gap_), extra_[0], load(z + gap_));
+    ranges_[0] = {0, whole};
+    ranges_[1] = {whole, whole};
+    if (known && target < whole) {
+      const int64_t own = target / kLanes * kLanes;
+      ranges_[0].last = own;
+      ranges_[1].first = own + kLanes;
+      extra_[0] = M::select(lanes == number(target - own), extra_[0], load(z + own));
     }
-    if (whole_ < count) {  // the last lanes of a vector that ends with the chunk, or the first of one that does not
-      const int64_t rest = count - whole_, begin = whole_ ? count - kLanes : 0, first = whole_ ? kLanes - rest : 0;
-      const V tail = whole_ ? load(z + begin) : load_some(z, rest);
+    if (whole < count) {  // the last lanes of a vector that ends with the chunk, or the first of one that does not
+      const int64_t rest = count - whole, begin = whole ? count - kLanes : 0, first = whole ? kLanes - rest : 0;
+      const V tail = whole ? load(z + begin) : load_some(z, rest);
       const auto out = (lanes < number(first)) | (lanes >= number(first + rest)) |
                        (lanes == number(known ? target - begin : kLanes));
       extra_[1] = M::select(out, extra_[1], tail);
@@ -153,7 +157,7 @@ class Competitors {
   A largest(A m) const {
     V most[kUnroll];
     for (int u = 0; u < kUnroll; u++) most[u] = M::of(m);
-    for (const auto& [first, last] : ranges()) {
+    for (const auto& [first, last] : ranges_) {
       int64_t j = first;
       for (; j + kUnroll * kLanes <= last; j += kUnroll * kLanes) {
         for (int u = 0; u < kUnroll; u++) most[u] = M::max(load(z_ + j + u * kLanes), most[u]);
@@ -167,7 +171,7 @@ class Competitors {
   // `ahead` follows in memory, in this row or the next: it arrives while the exponentials are busy.
   template <bool both>
   void add_to(Sums<M, both>& sums, V anchor, Scale<A> s, const T* ahead) const {
-    for (const auto& [first, last] : ranges()) {
+    for (const auto& [first, last] : ranges_) {
       for (int64_t j = first; j < last; j += kLanes) {
         __builtin_prefetch(ahead + j);
         sums.add(load(z_ + j) - anchor, s);
@@ -180,14 +184,8 @@ class Competitors {
   struct Range {
     int64_t first, last;
   };
-  struct Ranges {
-    Range range[2];
-    const Range* begin() const { return range; }
-    const Range* end() const { return range + 2; }
-  };
-  Ranges ranges() const { return {{{0, gap_}, {gap_ + kLanes, whole_}}}; }
   const T* z_;
-  int64_t whole_, gap_;  // gap_: where the target's vector is left out; whole_ if it is not there
+  Range ranges_[2];  // of whole vectors, before and after the target's
   V extra_[2];
 };
 

@@ -379,8 +379,9 @@ inline void store(T* p, V v) {
 template <typename T>
 inline auto load_some(const T* p, int64_t count) {
   constexpr int kLanes = VectorMath<typename Accumulate<T>::type>::kLanes;
+  if (count >= kLanes) return load(p);
   T lanes[kLanes] = {};
-  for (int lane = 0; lane < kLanes && lane < count; lane++) lanes[lane] = p[lane];
+  for (int lane = 0; lane < count; lane++) lanes[lane] = p[lane];
   return load(lanes);
 }
 

@@ -234,13 +234,6 @@ def _refuse_double_backward(ctx: Any, *grads: Any) -> NoReturn:
     _refuse("double backward inside torch.compile or through an exported program")
 
 
-def _refuse_forward_mode() -> NoReturn:
-    raise NotImplementedError(
-        "forward-mode differentiation (jvp, jacfwd, torch.func.hessian, forward_ad): not supported by the fused "
-        'kernels of lmf_kernels; use vjp, jacrev or jacrev of jacrev, or backend="reference", which supports it'
-    )
-
-
 for _backend, (_forward, _backward) in OPS.items():
     _names = f"lmf_kernels::{_backend}_forward", f"lmf_kernels::{_backend}_backward"
     for _name, _fake in zip(_names, (_fake_forward, _fake_backward), strict=True):
@@ -325,7 +318,18 @@ def check_labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
         )
 
 
-class _FusedLoss(torch.autograd.Function):
+class _ReverseMode(torch.autograd.Function):
+    """A Function that says so when forward-mode differentiation asks for it."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        raise NotImplementedError(
+            "forward-mode differentiation (jvp, jacfwd, torch.func.hessian, forward_ad): not supported by the fused "
+            'kernels of lmf_kernels; use vjp, jacrev or jacrev of jacrev, or backend="reference", which supports it'
+        )
+
+
+class _FusedLoss(_ReverseMode):
     """The loss of a fused backend, differentiable in the logits; `rest` is backend, target, margins, ...
 
     What autograd need not look at comes as one argument, since it takes its time over each.
@@ -342,12 +346,8 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         return _gradient(ctx, grad_output), None
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
-        _refuse_forward_mode()
 
-
-class _TransformableLoss(torch.autograd.Function):
+class _TransformableLoss(_ReverseMode):
     """The same in the form that torch.func's transforms ask for, which costs 25 us more a call."""
 
     @staticmethod
@@ -365,10 +365,6 @@ class _TransformableLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
         grad = None if grad_output is None else _gradient(ctx, grad_output)
         return (None, grad, *(None,) * 12)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
-        _refuse_forward_mode()
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], backend: str, *arguments: Any) -> tuple[Any, Any]:
@@ -401,7 +397,7 @@ def _save(ctx: Any, backend: str, arguments: tuple[Any, ...], stats: Tensor, den
     ctx.backend = backend
 
 
-class _FusedGrad(torch.autograd.Function):
+class _FusedGrad(_ReverseMode):
     """The fused backward as a differentiable step: its own derivative is the reference's vector-Jacobian product."""
 
     @staticmethod
@@ -434,10 +430,6 @@ class _FusedGrad(torch.autograd.Function):
         pull_back = torch.func.vjp(first_derivative, grad_output, logits)[1]
         d_grad_output, d_logits = pull_back(grad_grad)
         return (None, d_grad_output, d_logits, *(None,) * 14)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
-        _refuse_forward_mode()
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], backend: str, *arguments: Any) -> tuple[Tensor, int]:

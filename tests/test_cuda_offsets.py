@@ -26,9 +26,8 @@ LAST_BLOCK = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kernel", list(LAST_BLOCK))
-def test_last_block_of_a_huge_launch(kernel, cuda):
+def huge_batch(kernel, labels, cuda):
+    """Logits and labels below `labels`, of which the last tiles alone hold values; where the last rows are; blocks."""
     shape, tile = LAST_BLOCK[kernel]
     rows = shape[0] * (shape[2] if len(shape) == 3 else 1)
     blocks = -(-rows // tile)
@@ -41,7 +40,14 @@ def test_last_block_of_a_huge_launch(kernel, cuda):
 
     last = (slice(-1, None), slice(None), slice(-cuda.tail, None)) if len(shape) == 3 else (slice(-cuda.tail, None),)
     logits[last] = torch.randn(logits[last].shape).bfloat16()
-    target[last[::2]] = torch.randint(0, shape[1], target[last[::2]].shape)
+    target[last[::2]] = torch.randint(0, labels, target[last[::2]].shape)
+    return logits, target, (*last[:-1], slice(-min(20, rows % tile or tile), None)), blocks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", list(LAST_BLOCK))
+def test_last_block_of_a_huge_launch(kernel, cuda):
+    logits, target, last, blocks = huge_batch(kernel, LAST_BLOCK[kernel][0][1], cuda)
     outer = torch.tensor(0.5).expand(target.shape)
     loss, stats, denominators = cuda.forward(logits, target, *[None] * 5, 1.0, 1.0, 1.5, 30.0, -100, 0)
     grad = cuda.backward(outer, logits, target, stats, denominators, 1.0, 1.0, 30.0)
@@ -49,7 +55,6 @@ def test_last_block_of_a_huge_launch(kernel, cuda):
         assert launch.kernel.split()[0].split("_")[1] == {"images": "planes"}.get(kernel, kernel.split()[0])
         assert launch.blocks == blocks
 
-    last = (*last[:-1], slice(-min(20, rows % tile or tile), None))
     small, labels = logits[last].clone(), target[last[::2]].clone()
     options = dict(reduction="none", grad_output=torch.full(labels.shape, 0.5))
     exact_loss, exact_grad = expected(small, labels, **options)
@@ -60,24 +65,14 @@ def test_last_block_of_a_huge_launch(kernel, cuda):
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["flat", "rows", "pixels 1", "pixels 8"])
 def test_last_block_of_huge_statistics_and_of_a_gradient_over_the_logits(kernel, cuda):
-    shape, tile = LAST_BLOCK[kernel]
-    rows = shape[0] * (shape[2] if len(shape) == 3 else 1)
-    blocks = -(-rows // tile)
-    cuda.multiprocessors = blocks if kernel in ("rows", "pixels 1") else -(-blocks // 8)
-    cuda.options, cuda.tail = {}, 20 + tile
-    logits = torch.empty(shape, dtype=torch.bfloat16)
-    target = torch.empty((shape[0], *shape[2:]), dtype=torch.int64)
-
-    last = (slice(-1, None), slice(None), slice(-cuda.tail, None)) if len(shape) == 3 else (slice(-cuda.tail, None),)
-    logits[last] = torch.randn(logits[last].shape).bfloat16()
-    target[last[::2]] = torch.randint(0, 2 * shape[1], target[last[::2]].shape)
-    statistics = cuda.statistics(logits, target, shape[1] // 2, -100, 1.0, 1.0, 5.0)
-    last = (*last[:-1], slice(-min(20, rows % tile or tile), None))
+    classes = LAST_BLOCK[kernel][0][1]
+    logits, target, last, blocks = huge_batch(kernel, 2 * classes, cuda)
+    statistics = cuda.statistics(logits, target, classes // 2, -100, 1.0, 1.0, 5.0)
     small, labels = logits[last].clone(), target[last[::2]].clone()
-    exact = slice_statistics(small.double(), labels, shape[1] // 2, -100, 1.0, 1.0, 5.0)
+    exact = slice_statistics(small.double(), labels, classes // 2, -100, 1.0, 1.0, 5.0)
     assert_exact(statistics[:, -exact.shape[1] :], exact, "m, t1, t2, z_y")
 
-    stats, outer, none = torch.empty(5, rows), torch.tensor(0.5).expand(target.shape), torch.empty(0)
+    stats, outer, none = torch.empty(5, target.numel()), torch.tensor(0.5).expand(target.shape), torch.empty(0)
     stats[:, -cuda.tail :] = torch.rand(5, cuda.tail)
     beside = cuda.backward(outer, logits, target, stats, none, 1.0, 1.0, 5.0)
     cuda.backward_(outer, logits, target, stats, none, 1.0, 1.0, 5.0)
