@@ -288,7 +288,9 @@ def _backward_plan(
         programs = _units(levels, tile) * _ceil_div(C, tile.chunk)
     logits, grad, target, outer = levels.strides
     arguments = (levels.rows, levels.middle, levels.inner, *logits, strides[1], *grad, grad_strides[1], *target, *outer)
-    return _Plan(levels.rows, programs, {"num_warps": _num_warps(tile, device)}, tile, arguments, {})
+    # Fusion is asked for by name: Triton's default is on up to 3.9 and off after it.
+    options = {"num_warps": _num_warps(tile, device), "enable_fp_fusion": True}
+    return _Plan(levels.rows, programs, options, tile, arguments, {})
 
 
 # ---- launching ------------------------------------------------------------------------------------------------------

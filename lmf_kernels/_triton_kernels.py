@@ -284,7 +284,8 @@ def _finish_split(
     """All rows from the sums of their chunks, and the loss."""
     CHUNKS: tl.constexpr = triton.cdiv(TILE.C, TILE.chunk)
     PARTS: tl.constexpr = triton.next_power_of_2(CHUNKS)
-    B: tl.constexpr = max(16, TILE.LPR // PARTS)  # a thread for each of the B * PARTS sums
+    # A thread for each of the B * PARTS sums, 16 rows at least. Not max(): Triton 3.4 makes it a run-time value.
+    B: tl.constexpr = TILE.LPR // PARTS if TILE.LPR // PARTS > 16 else 16
     rows, _, inner = sizes
     _, _, _, s = hyper
     acc: tl.constexpr = s.dtype

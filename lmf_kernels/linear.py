@@ -6,7 +6,6 @@ Logits are made in chunks by torch's matrix products, and the loss part is the k
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.amp.autocast_mode import is_autocast_available
 
 from ._ops import select_backend
 from .class_parallel import ClassGroup, shares_of
@@ -20,7 +19,7 @@ from .functional import (
 )
 from .linear_autograd import LinearLoss, linear_loss_of_share
 from .linear_chunks import EPS
-from .linear_passes import no_autocast
+from .reference import AUTOCAST_DEVICES, no_autocast
 
 
 def linear_lmf_loss(
@@ -96,7 +95,7 @@ def linear_lmf_loss(
         raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget!r}")
     chosen = select_backend(backend, device)
 
-    if is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):  # as F.linear there
+    if device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type):  # as F.linear there
         dtype = torch.get_autocast_dtype(device.type)
 
         def cast(tensor: Tensor) -> Tensor:
@@ -109,7 +108,7 @@ def linear_lmf_loss(
         raise TypeError(
             "input, linear_weight and linear_bias must have one dtype, got " + ", ".join(str(t.dtype) for t in tensors)
         )
-    with no_autocast(device):
+    with no_autocast(device.type):
         features = F.normalize(input, dim=-1, eps=EPS) if normalize else input
         if input.dim() == 1:
             features, target = features.unsqueeze(0), target.unsqueeze(0)

@@ -6,24 +6,16 @@
   over chunks and ranks; the second makes the logits again (unless one chunk is all) and the gradients from them.
 """
 
-import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.amp.autocast_mode import is_autocast_available
 
 from ._ops import EAGER, check_labels, gradient_over_logits_op, statistics_op
 from .class_parallel import ClassShares, finish_rows
 from .linear_chunks import Head, plan_chunks, steps
-from .reference import MEAN, NONE
+from .reference import MEAN, NONE, no_autocast
 from .row_statistics import Hyper, combine, no_statistics, slice_statistics
-
-
-def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return (
-        torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else contextlib.nullcontext()
-    )
 
 
 def forward_by_chunks(
@@ -55,7 +47,7 @@ def forward_by_chunks(
         check_labels(target, num_classes if shares is None else shares.total, ignore_index)
     tables, normalizers = (margins, ldam_weight, focal_weight), (ldam_normalizer, focal_normalizer)
     hyper = Hyper(alpha, beta, gamma, s)
-    with torch.no_grad(), no_autocast(device):
+    with torch.no_grad(), no_autocast(device.type):
         plan = plan_chunks(len(features), num_classes, features.dtype, backend, memory_budget)
         head = Head(features, weight, bias, normalize, plan, needs)
         outer = torch.full((), scale, dtype=head.acc, device=device)
@@ -180,7 +172,7 @@ def backward_by_chunks(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of features, weight and bias that are needed."""
-    with torch.no_grad(), no_autocast(features.device):
+    with torch.no_grad(), no_autocast(features.device.type):
         plan = plan_chunks(len(features), len(weight), features.dtype, backend, memory_budget)
         head = Head(features, weight, bias, normalize, plan, needs)
         _second_pass(head, None, grad_output, target, stats, denominators, Hyper(alpha, beta, 0.0, s), backend)

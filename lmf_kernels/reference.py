@@ -54,14 +54,27 @@ eq. 3 from the sigmoid itself.
 6. z_y = -inf with competitors: loss +inf, gradient finite (d focal / da = d ldam / db = 1).
 """
 
+import contextlib
 import math
-from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.amp.autocast_mode import is_autocast_available
 
 NONE, MEAN, SUM = 0, 1, 2
+
+# Looked up once, at import: torch.compile cannot trace the looking before torch 2.13.
+AUTOCAST_DEVICES = frozenset(
+    name for name in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu", "privateuseone") if is_autocast_available(name)
+)
+
+
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Inside, operations on tensors of this device type keep their dtypes."""
+    if device_type in AUTOCAST_DEVICES:
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -98,9 +111,7 @@ def reference_loss(
 
     Bad labels poison their row with NaN (edge 2); nothing here synchronises with the device.
     """
-    device_type = logits.device.type
-    no_autocast = torch.autocast(device_type, enabled=False) if is_autocast_available(device_type) else nullcontext()
-    with no_autocast:
+    with no_autocast(logits.device.type):
         acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
         num_classes = logits.shape[1]
         kept = target != ignore_index
