@@ -6,6 +6,7 @@
 LDAM, focal loss and cross-entropy are special cases of the same kernels.
 """
 
+from ._versions import __version__  # first: it refuses a torch that is too old
 from .class_parallel import ClassShares
 from .distributed import global_normalizer
 from .functional import lmf_loss
@@ -15,8 +16,6 @@ from .margins import class_counts, effective_number_weights, inverse_frequency_w
 from .modules import FocalLoss, LDAMLoss, LMFLoss
 from .schedules import DeferredReweighting
 
-__version__ = "0.1.0"
-
 __all__ = [
     "ClassShares",
     "DeferredReweighting",
@@ -24,6 +23,7 @@ __all__ = [
     "LDAMLoss",
     "LMFLoss",
     "LinearLMFLoss",
+    "__version__",
     "class_counts",
     "effective_number_weights",
     "global_normalizer",

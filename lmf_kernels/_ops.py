@@ -13,7 +13,6 @@ is twice, in eager mode, by the autograd Functions below. torch.vmap folds the m
 """
 
 import functools
-import importlib.util
 import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -23,17 +22,11 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
+from ._native import _C, BUILD, built, native_problem  # registers the native ops
+from ._versions import triton_problem, triton_version
 from ._vmap import backward_rule, forward_rule
 from .reference import MEAN, NONE, reference_loss
 from .row_statistics import accumulation_dtype, slice_statistics, write_gradient
-
-try:
-    from . import _C  # registers the native ops
-
-    native_error: ImportError | None = None
-except ImportError as error:
-    _C = None  # type: ignore[assignment]
-    native_error = error
 
 BACKENDS = ("auto", "triton", "native", "reference")
 
@@ -48,12 +41,9 @@ _BACKWARD_SCHEMA = (
 )
 
 # Looked up once, at import: torch.compile cannot trace the looking.
-try:
-    HAS_TRITON = importlib.util.find_spec("triton") is not None
-except ImportError:  # an import hook that refuses it
-    HAS_TRITON = False
-
-_NO_TRITON = 'backend="triton" is not available: the package triton is missing (pip install triton)'
+no_triton = triton_problem()
+HAS_TRITON = no_triton is None
+_NO_TRITON = f'backend="triton" is not available: {no_triton}'
 
 
 def _triton_module() -> Any:
@@ -261,8 +251,9 @@ def cpu_capability() -> str:
     return "none" if _C is None else _C.cpu_capability()
 
 
-_auto_choice = {name: available_backends(torch.device(name))[0] for name in ("cpu", "cuda")}
-_warned: set[str] = set()  # device types that use the reference for want of something better
+_BEST = {"cpu": "native", "cuda": "triton"}
+_auto_choice = {name: available_backends(torch.device(name))[0] for name in _BEST}
+_warned: set[str] = set()  # device types that use another backend for want of the best
 
 
 def select_backend(backend: str, device: torch.device) -> str:
@@ -279,11 +270,9 @@ def select_backend(backend: str, device: torch.device) -> str:
         choice = _auto_choice.get(device.type)
         if choice is None:
             return "reference"
-        if choice == "reference" and device.type not in _warned and not torch.compiler.is_compiling():
+        if choice != _BEST[device.type] and device.type not in _warned and not torch.compiler.is_compiling():
             _warned.add(device.type)
-            warnings.warn(
-                f"lmf_kernels uses its slow eager reference on {device.type}: {_missing(device)}", stacklevel=4
-            )
+            _warn_of(choice, device)
         return choice
     if backend == "native":
         if device.type not in _native_devices:
@@ -293,14 +282,24 @@ def select_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
+def _warn_of(choice: str, device: torch.device) -> None:
+    """Says why a device's best backend is not used, unless it is native without any Triton, which was a choice."""
+    reasons = [no_triton] if device.type == "cuda" and no_triton else []
+    if choice == "reference":
+        reasons.append(_missing(device))
+        warnings.warn(f"lmf_kernels uses its slow eager reference on {device.type}: {'; '.join(reasons)}", stacklevel=4)
+    elif triton_version() is not None:
+        warnings.warn(f'lmf_kernels uses backend="{choice}" on {device.type}: {reasons[0]}', stacklevel=4)
+
+
 def _missing(device: torch.device) -> str:
-    if native_error is not None:
-        return (
-            f"the compiled extension lmf_kernels._C could not be imported ({native_error}); "
-            "install a C++ compiler and reinstall lmf_kernels"
-        )
+    if native_problem is not None:
+        return f"the compiled extension lmf_kernels._C cannot be used: {native_problem}"
     if device.type == "cuda":
-        return "the extension was built without CUDA; install triton, or the CUDA toolkit and reinstall lmf_kernels"
+        reason = f" ({built.why_no_cuda})" if built.why_no_cuda else ""
+        return (
+            f"the extension was built without CUDA{reason}; with a CUDA toolkit, rebuild it: LMF_BUILD_CUDA=1 {BUILD}"
+        )
     return "there are no native kernels for this device"
 
 

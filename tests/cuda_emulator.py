@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import re
 import subprocess
-import sys
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -28,10 +27,9 @@ from ptxsim.memory import GLOBAL_BASE, Memory
 from torch import Tensor
 
 from lmf_kernels import _ops
+from lmf_kernels._build.toolkit import NVCC_FLAGS, Toolkit, find_toolkit
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-from cuda_toolkit import NVCC_FLAGS, Toolkit, find_toolkit  # noqa: E402
 
 BUILT = _ops._C is not None and "cuda" in _ops._C.devices()
 needs_cuda_build = pytest.mark.skipif(not BUILT, reason="the extension was built without CUDA")

@@ -7,8 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lmf_kernels
+import pytest
+import torch
 
+import lmf_kernels
+from lmf_kernels import _ops
+
+CPU = _ops.available_backends(torch.device("cpu"))
 ROOT = Path(lmf_kernels.__file__).parents[1]
 
 # Blocks imports as a missing package does, whatever is installed.
@@ -108,9 +113,9 @@ with warnings.catch_warnings(record=True) as seen:
     use()
     use()
 texts = [str(warning.message) for warning in seen if "lmf_kernels" in str(warning.message)]
-assert len(texts) == 1 and "reference" in texts[0] and "compiler" in texts[0], texts
+assert len(texts) == 1 and "reference" in texts[0] and "python -m lmf_kernels build" in texts[0], texts
 message = error_of(lmf_loss, z, y, backend="native")
-assert "lmf_kernels._C" in message and "compiler" in message and "reinstall" in message, message
+assert "No module named 'lmf_kernels._C'; build it: python -m lmf_kernels build" in message, message
 assert lmf_kernels._ops.cpu_capability() == "none"
 """
     )
@@ -123,7 +128,7 @@ def test_without_both():
         + """
 warnings.simplefilter("ignore")
 use()
-assert "compiler" in error_of(lmf_loss, z, y, backend="native")
+assert "lmf_kernels build" in error_of(lmf_loss, z, y, backend="native")
 assert "pip install triton" in error_of(lmf_loss, z, y, backend="triton")
 """
     )
@@ -137,17 +142,102 @@ from lmf_kernels import _ops
 _ops._native_devices = ("cpu",)  # as such a build answers
 use()
 message = error_of(_ops.select_backend, "native", torch.device("cuda"))
-assert "without CUDA" in message and "install triton" in message and "toolkit" in message, message
-_ops.HAS_TRITON = False
+assert "without CUDA" in message and "toolkit" in message and "LMF_BUILD_CUDA=1" in message, message
+_ops.HAS_TRITON, _ops.no_triton = False, "the package triton is missing"
 _ops._auto_choice["cuda"] = _ops.available_backends(torch.device("cuda"))[0]
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     assert _ops.select_backend("auto", torch.device("cuda")) == "reference"
-assert len(seen) == 1 and "without CUDA" in str(seen[0].message), seen
+(text,) = (str(warning.message) for warning in seen)
+assert "without CUDA" in text and "triton is missing" in text, text
 warnings.simplefilter("error")
 for device in ("mps", "xpu", "meta"):
     assert _ops.select_backend("auto", torch.device(device)) == "reference"
     message = error_of(_ops.select_backend, "native", torch.device(device))
     assert device in message and "no native kernels" in message, message
+"""
+    )
+
+
+def test_torch_that_is_too_old_gets_one_sentence_with_the_range():
+    in_fresh_python(
+        """
+import torch, warnings
+torch.__version__ = "2.4.1+cu121"
+try:
+    import lmf_kernels
+except ImportError as error:
+    assert str(error) == ("lmf_kernels needs torch >= 2.8 (tested up to 2.15), found 2.4.1+cu121: "
+                          "pip install 'torch>=2.8'"), error
+else:
+    raise AssertionError("nothing was raised")
+"""
+    )
+    in_fresh_python(
+        """
+import torch, warnings
+torch.__version__ = "2.6.0"
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    import lmf_kernels
+(text,) = (str(one.message) for one in seen if "lmf_kernels" in str(one.message))
+assert "torch >= 2.8" in text and "found 2.6.0" in text, text
+"""
+    )
+
+
+@pytest.mark.parametrize("native_on_cuda", [True, False])
+def test_triton_that_is_too_old_is_passed_over_with_one_warning(native_on_cuda, tmp_path):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text('__version__ = "3.3.1"\nraise AssertionError("imported")\n')
+    in_fresh_python(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        + USE
+        + f"""
+from lmf_kernels import _ops
+use()
+message = error_of(lmf_loss, z, y, backend="triton")
+assert "triton 3.3.1 is too old" in message and "triton >= 3.4" in message, message
+_ops._native_devices = ("cpu", "cuda") if {native_on_cuda} else ("cpu",)
+want = _ops._auto_choice["cuda"] = _ops.available_backends(torch.device("cuda"))[0]
+assert want == ("native" if {native_on_cuda} else "reference")
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    assert _ops.select_backend("auto", torch.device("cuda")) == want
+    assert _ops.select_backend("auto", torch.device("cuda")) == want
+(text,) = (str(one.message) for one in seen)
+assert want in text and "on cuda" in text and "triton 3.3.1 is too old" in text, text
+"""
+    )
+
+
+def test_the_installation_is_shown_and_checked():
+    command = [sys.executable, "-m", "lmf_kernels"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    lines = run.stdout.splitlines()
+    assert lines[0] == f"lmf_kernels {lmf_kernels.__version__}"
+    assert any(line.startswith("torch") and torch.__version__ in line for line in lines)
+    checked = [line.split()[0] for line in lines if " ok, loss and gradient within " in line]
+    assert checked[: len(CPU)] == list(CPU), run.stdout
+
+
+def test_an_installation_that_computes_something_else_is_reported():
+    in_fresh_python(
+        """
+import torch
+from lmf_kernels import _installation, _ops
+true = _ops.EAGER["native"]
+def wrong(*arguments):
+    loss, stats, denominators = true[0](*arguments)
+    return loss * (1 + 1e-4), stats, denominators
+_ops.EAGER["native"] = wrong, true[1]
+lines, sound = _installation.report()
+assert not sound and any(line.startswith("native") and "FAILED" in line for line in lines), lines
+def broken(*arguments):
+    raise OSError("no such kernel")
+_ops.EAGER["native"] = broken, true[1]
+lines, sound = _installation.report()
+assert not sound and any("FAILED, OSError: no such kernel" in line for line in lines), lines
 """
     )

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import cuda_toolkit
-from cuda_toolkit import NoToolkit, find_toolkit
+from lmf_kernels._build import toolkit as cuda_toolkit
+from lmf_kernels._build.toolkit import NoToolkit, find_toolkit
 
 HEADERS = ("include/cuda_runtime.h", "include/cccl/nv/target")
 
@@ -104,10 +100,8 @@ def test_next_toolkit_is_taken_after_one_of_another_version(machine, monkeypatch
     assert find_toolkit("13.1").home == conventional
 
 
-def test_architectures(machine, monkeypatch):
+def test_architectures(machine):
     install(machine / "conventional")
     assert find_toolkit("13.0").architectures == "8.0;9.0;10.0+PTX"
     install(machine / "conventional", version="12.6")
     assert find_toolkit("12.4").architectures == "8.0;9.0+PTX"
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
-    assert find_toolkit("12.4").architectures == "8.6"

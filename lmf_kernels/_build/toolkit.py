@@ -1,4 +1,4 @@
-"""Finds the CUDA toolkit that the extension is built with. setup.py and the tests use it; it is not installed."""
+"""Finds the CUDA toolkit that the extension is built with."""
 
 import importlib.util
 import os
@@ -31,10 +31,8 @@ class Toolkit:
 
     @property
     def architectures(self) -> str:
-        """What is compiled when TORCH_CUDA_ARCH_LIST is not set: a build needs no visible GPU."""
-        return os.environ.get("TORCH_CUDA_ARCH_LIST") or (
-            "8.0;9.0;10.0+PTX" if self.version >= (12, 8) else "8.0;9.0+PTX"
-        )
+        """What is compiled where CUDA kernels are asked for, no architecture is named and no GPU is visible."""
+        return "8.0;9.0;10.0+PTX" if self.version >= (12, 8) else "8.0;9.0+PTX"
 
 
 def find_toolkit(torch_cuda: str) -> Toolkit:
