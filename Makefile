@@ -1,40 +1,50 @@
-# make train      sets everything up, trains with every loss, prints and plots the comparison
+# make train      sets up what training needs, trains with every loss, prints and plots the comparison
 # make test       sets everything up, builds the extension, passes the tests
 # make test-all   the same and the slow tests
+# make test-versions  the tests of CPU and Triton kernels with the torch versions that are supported, oldest to newest
 # make sanitize   the native tests with AddressSanitizer and UndefinedBehaviorSanitizer
-# make test-oldest  the CPU tests in a second environment with the oldest torch that is supported
 # make nightly    the property tests on thousands of new examples
+# make dist       a source distribution and a wheel, checked by installing it
 # make lint, make format, make clean
-PYTHON ?= python3.11
+#
+# PYTHON=python3.12 makes the environment with another Python. VENV=path uses an environment that is there: its torch
+# stays, and only what it lacks is installed.
+ifndef PYTHON
+PYTHON := $(shell tools/find_python.sh)
+endif
 VENV := .venv
-BIN := $(VENV)/bin
-STAMPS := $(VENV)/stamps
+BIN := $(abspath $(VENV))/bin
+STAMPS := $(VENV)/stamps-lmf_kernels
 # One environment for every command: ninja and clang-format are found beside Python.
-export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PATH := $(BIN):$(PATH)
 
-SOURCES := $(wildcard csrc/*) setup.py cuda_toolkit.py pyproject.toml
+SOURCES := $(wildcard csrc/* lmf_kernels/_build/*.py) setup.py pyproject.toml
 MODULES := $(wildcard lmf_kernels/*.py)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
+# Of another kind of build, another stamp: CI asks for CUDA kernels.
+BUILD := $(STAMPS)/build$(LMF_BUILD_CUDA)
 
-OLDEST := .venv-oldest
-# Those that need neither Triton nor datasets.
-OLDEST_TESTS := $(patsubst %,tests/test_%.py,edges layouts reductions ops pairwise precision backward errors modules \
-	margins recipes reference oracle properties threads import fuzz)
+# torch-Python of each environment.
+VERSIONS := 2.8.0-3.10 2.11.0-3.12 2.15.0-3.13
+VERSION_ENVIRONMENTS := .venv-versions
 
-.PHONY: setup train test test-all sanitize test-oldest nightly lint format clean
+.PHONY: setup train test test-all test-versions sanitize nightly dist lint format clean
 
-setup: $(STAMPS)/build
+setup: $(STAMPS)/dev $(BUILD)
 
-$(STAMPS)/requirements: requirements-dev.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+$(STAMPS)/python:
+	@tools/environment.sh "$(VENV)" "$(PYTHON)"
 	mkdir -p $(STAMPS) && touch $@
 
-$(STAMPS)/build: $(STAMPS)/requirements $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+$(STAMPS)/train $(STAMPS)/dev: $(STAMPS)/%: $(STAMPS)/python requirements-%.txt requirements-train.txt
+	$(BIN)/python tools/install.py requirements-$*.txt
 	touch $@
 
-train: setup
+$(BUILD): $(STAMPS)/train $(SOURCES)
+	$(BIN)/python tools/install.py .
+	touch $@
+
+train: $(STAMPS)/train $(BUILD)
 	$(BIN)/python benchmarks/train.py $(ARGS)
 
 test: setup
@@ -50,29 +60,36 @@ nightly: setup
 sanitize: $(STAMPS)/sanitize
 	tests/sanitize.sh $(ARGS)
 
-$(STAMPS)/sanitize: $(STAMPS)/requirements $(SOURCES) $(MODULES)
-	CC=gcc CXX=g++ LMF_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-base build/sanitize \
+$(STAMPS)/sanitize: $(STAMPS)/dev $(SOURCES) $(MODULES)
+	CC=gcc CXX=g++ LMF_BUILD_NATIVE=1 LMF_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-base build/sanitize \
 		--build-lib build/sanitize/lib
 	touch $@
 
-test-oldest: $(OLDEST)/stamps/install
-	PYTHONSAFEPATH=1 $(OLDEST)/bin/python -c "import lmf_kernels as l, torch; \
-		print(torch.__version__, l.__file__); assert '$(OLDEST)' in l.__file__"
-	PYTHONSAFEPATH=1 $(OLDEST)/bin/python -m pytest -m "not slow" $(OLDEST_TESTS) $(ARGS)
+test-versions: $(VERSIONS:%=test-version-%)
 
-$(OLDEST)/stamps/requirements: requirements-oldest.txt
-	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --requirement requirements-oldest.txt
-	mkdir -p $(OLDEST)/stamps && touch $@
+test-version-%: $(VERSION_ENVIRONMENTS)/%/stamps/install
+	tests/versions.sh $(VERSION_ENVIRONMENTS)/$*
 
-# By way of a source distribution: it is built away from the clone, whose own build stays as it is.
-$(OLDEST)/stamps/install: export PATH := $(CURDIR)/$(OLDEST)/bin:$(PATH)
-$(OLDEST)/stamps/install: export LMF_BUILD_CUDA := 0
-$(OLDEST)/stamps/install: $(OLDEST)/stamps/requirements $(SOURCES) $(MODULES)
-	rm -rf build/oldest
-	$(OLDEST)/bin/python setup.py --quiet sdist --dist-dir build/oldest
-	$(OLDEST)/bin/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall build/oldest/*.tar.gz
+.PRECIOUS: $(VERSION_ENVIRONMENTS)/%/stamps/requirements $(VERSION_ENVIRONMENTS)/%/stamps/install
+$(VERSION_ENVIRONMENTS)/%/stamps/requirements: requirements-versions.txt | $(STAMPS)/dev
+	python=$$(tools/find_python.sh $(lastword $(subst -, ,$*))) && \
+		uv venv --quiet --clear --seed --python $$python $(VERSION_ENVIRONMENTS)/$*
+	uv pip install --quiet --python $(VERSION_ENVIRONMENTS)/$*/bin/python torch==$(firstword $(subst -, ,$*)) \
+		--requirement requirements-versions.txt
+	mkdir -p $(@D) && touch $@
+
+# As a user would, and by way of a source distribution: it is built away from the clone, whose own build stays as it is.
+# The machine's own constraints must not choose another torch.
+$(VERSION_ENVIRONMENTS)/%/stamps/install: $(VERSION_ENVIRONMENTS)/%/stamps/requirements $(SOURCES) $(MODULES)
+	rm -rf build/versions/$*
+	LMF_BUILD_NATIVE=0 $(BIN)/python setup.py --quiet sdist --dist-dir build/versions/$*
+	uv pip uninstall --quiet --python $(VERSION_ENVIRONMENTS)/$*/bin/python lmf_kernels
+	PIP_CONSTRAINT=/dev/null LMF_BUILD_NATIVE=1 LMF_BUILD_CUDA=0 $(VERSION_ENVIRONMENTS)/$*/bin/python -m pip install --quiet \
+		build/versions/$*/*.tar.gz
 	touch $@
+
+dist: $(STAMPS)/dev
+	tools/dist.sh
 
 lint: setup
 	ruff check .
@@ -86,4 +103,5 @@ format: setup
 	clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf build *.egg-info lmf_kernels/*.so results $(STAMPS)/build $(STAMPS)/sanitize $(OLDEST)
+	rm -rf build dist *.egg-info lmf_kernels/*.so lmf_kernels/_native.json results $(STAMPS)/build* $(STAMPS)/sanitize \
+		$(VERSION_ENVIRONMENTS)

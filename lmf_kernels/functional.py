@@ -130,7 +130,7 @@ def lmf_loss(
             check_labels(target, shares.total, ignore_index)
         loss = sharded_loss(chosen, shares, *arguments)
     elif chosen == "reference":
-        for name, tensor in zip(_TENSORS, arguments, strict=False):
+        for name, tensor in zip(_TENSORS, arguments[: len(_TENSORS)], strict=True):
             if isinstance(tensor, Tensor):
                 check_memory(name, tensor)
         check_labels(target, num_classes, ignore_index)
@@ -200,11 +200,12 @@ def check_normalizer(
     ldam, focal = _check_normalizer(normalizer, device)
     if not isinstance(ldam, Tensor) and not isinstance(focal, Tensor):
         return alpha / ldam, beta / focal, SUM, None, None  # the mean is a sum with other coefficients
+    return alpha, beta, reduction, _as_tensor(ldam, device), _as_tensor(focal, device)
 
-    def tensor(n: float | Tensor) -> Tensor:
-        return n if isinstance(n, Tensor) else torch.full((), n, dtype=torch.float64, device=device)
 
-    return alpha, beta, reduction, tensor(ldam), tensor(focal)
+# Not within check_normalizer: torch.compile of torch 2.8 cannot trace a function made inside with such an annotation.
+def _as_tensor(n: float | Tensor, device: torch.device) -> Tensor:
+    return n if isinstance(n, Tensor) else torch.full((), n, dtype=torch.float64, device=device)
 
 
 def check_target(target: Tensor) -> Tensor:

@@ -92,6 +92,10 @@ def focal_of_log_odds(a: Tensor, gamma: float) -> Tensor:
     return torch.where(saturated, a, focal)
 
 
+def _per_row(table: Tensor | None, y: Tensor, default: float, acc: torch.dtype) -> Tensor:
+    return torch.full_like(y, default, dtype=acc) if table is None else table.to(acc)[y]
+
+
 def reference_loss(
     logits: Tensor,  # (N, C, ...)
     target: Tensor,  # (N, ...), int64
@@ -118,15 +122,9 @@ def reference_loss(
         bad = kept & ((target < 0) | (target >= num_classes))
         valid = kept & ~bad
         y = torch.where(valid, target, 0)
-
-        def per_row(table: Tensor | None, default: float) -> Tensor:
-            if table is None:
-                return torch.full_like(target, default, dtype=acc)
-            return table.to(acc)[y]
-
-        w_ldam = per_row(ldam_weight, 1.0)
-        w_focal = per_row(focal_weight, 1.0)
-        margin = per_row(margins, 0.0)
+        w_ldam = _per_row(ldam_weight, y, 1.0, acc)
+        w_focal = _per_row(focal_weight, y, 1.0, acc)
+        margin = _per_row(margins, y, 0.0, acc)
 
         # Rows with a zero gradient are cut off at the input, so that no 0 * NaN can arise (edges 1 and 3).
         weighted = (w_ldam != 0) & (alpha != 0) | (w_focal != 0) & (beta != 0)
