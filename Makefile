@@ -4,6 +4,7 @@
 # make sanitize   the native tests with AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-oldest  the CPU tests in a second environment with the oldest torch that is supported
 # make nightly    the property tests on thousands of new examples
+# make gpu        on a machine with a GPU: its tests and times in 8 minutes, by the Python that is there (docs/gpu.md)
 # make lint, make format, make clean
 PYTHON ?= python3.11
 VENV := .venv
@@ -21,7 +22,7 @@ OLDEST := .venv-oldest
 OLDEST_TESTS := $(patsubst %,tests/test_%.py,edges layouts reductions ops pairwise precision backward errors modules \
 	margins recipes reference oracle properties threads import fuzz)
 
-.PHONY: setup train test test-all sanitize test-oldest nightly lint format clean
+.PHONY: setup train test test-all sanitize test-oldest nightly gpu lint format clean
 
 setup: $(STAMPS)/build
 
@@ -73,6 +74,13 @@ $(OLDEST)/stamps/install: $(OLDEST)/stamps/requirements $(SOURCES) $(MODULES)
 	$(OLDEST)/bin/python setup.py --quiet sdist --dist-dir build/oldest
 	$(OLDEST)/bin/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall build/oldest/*.tar.gz
 	touch $@
+
+# In the environment of PYTHON, or of python3 where that is missing; nothing is installed. The report runs the tests
+# first and `python -m lmf_kernels build` after Triton's times.
+gpu: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu: export PYTHONUNBUFFERED := 1
+gpu:
+	python=$$(command -v $(PYTHON) || command -v python3) && $$python benchmarks/gpu_report.py --measure-only $(ARGS)
 
 lint: setup
 	ruff check .

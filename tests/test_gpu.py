@@ -123,7 +123,7 @@ def test_functional_transforms(backend):
 
 
 def test_checkpointing_and_double_backward(backend):
-    criterion, z, y = problem(backend, torch.float64)
+    criterion, z, y = problem(backend, torch.float64, (5, 4))
     loss = checkpoint(criterion, z, y, use_reentrant=False)
     (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
     assert_exact(gradient.detach().cpu(), exact(z, y, criterion)[1])
