@@ -14,6 +14,7 @@ OVERLAPPING = (Case("few", (65536, 8)), Case("middle", (4096, 1000)), Case("larg
 LAUNCHES = ("logits", "dtype", "loss", "what"), ("value",)
 STREAMS = ("logits", "what"), ("alone us", "together us")
 CALLS = 40  # between synchronisations: fewer launches than a stream's queue holds
+PAIRS = 10  # of problems on two streams, likewise
 ROUNDS = 20
 
 
@@ -134,13 +135,13 @@ def _two(run: Run, case: Case, graphs: bool) -> dict[str, object]:
         """Microseconds of both."""
         torch.cuda.synchronize(run.device)
         start = time.perf_counter()
-        for _ in range(CALLS // 4):
+        for _ in range(PAIRS):
             results = []
             for index in range(2):
                 with torch.cuda.stream(side[index if overlapping else 0]):
                     results.append(work(index))
         torch.cuda.synchronize(run.device)
-        microseconds = 1e6 * (time.perf_counter() - start) / (CALLS // 4)
+        microseconds = 1e6 * (time.perf_counter() - start) / (PAIRS)
         for found, wanted in zip(results, expected, strict=True):
             _same_bits(found, wanted)
         return microseconds

@@ -36,13 +36,14 @@ PARTS = {
     "launches": Part(30, "small batches: launches, host, graphs", *gpu_launches.LAUNCHES, gpu_launches.launches),
     "streams": Part(20, "two streams, two graphs", *gpu_launches.STREAMS, gpu_launches.streams),
     "step": Part(40, "a training step of ResNet-50", *gpu_step.FIELDS, gpu_step.step),
-    "compiled": Part(60, "torch.compile of the eager loss", *gpu_times.FIELDS, gpu_times.compiled),
-    "sanitizer": Part(60, "compute-sanitizer", *gpu_checks.SANITIZER, gpu_checks.sanitizer),
+    "sanitizer": Part(80, "compute-sanitizer", *gpu_checks.SANITIZER, gpu_checks.sanitizer),
     "build": Part(90, "the native extension", *gpu_checks.BUILD, gpu_checks.build),
     "native_tests": Part(
         40, "tests/test_gpu.py on the native kernels", *gpu_checks.TEST, partial(gpu_checks.tests, backend="native")
     ),
     "native": Part(40, "the native kernels' times", *gpu_times.FIELDS, gpu_times.native),
+    # The last one: each of its rows takes seconds, and stands for itself.
+    "compiled": Part(120, "torch.compile of the eager loss", *gpu_times.FIELDS, gpu_times.compiled),
 }
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from gpu_rows import Budget
 
-GRACE = 20  # seconds that a part has to end its last row
+GRACE = 30  # seconds that a part has to end its last row
 SHORTEST = 5  # seconds for which it is worth the start of a process
 STARTS = 5  # of the processes of one part
 CHILD = (sys.executable, str(Path(__file__).with_name("gpu_parts.py")))

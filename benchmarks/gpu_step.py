@@ -48,7 +48,9 @@ def _measure(
         # Cut here, so that the loss's backward ends before the model's begins and both can be timed.
         leaf = logits.detach().requires_grad_()
         marks[1].record()
-        loss(leaf, target).backward()
+        with torch.autocast(device.type, torch.bfloat16):
+            result = loss(leaf, target)
+        result.backward()
         marks[2].record()
         logits.backward(leaf.grad)
         optimizer.step()

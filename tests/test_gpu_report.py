@@ -240,7 +240,7 @@ def test_compiled_and_native(cpu_kernels, tmp_path, monkeypatch, capsys):
 # ---- small batches, streams, a step ---------------------------------------------------------------------------------
 @pytest.fixture
 def few_calls(monkeypatch):
-    monkeypatch.setattr(gpu_launches, "CALLS", 4)
+    monkeypatch.setattr(gpu_launches, "CALLS", 1)
     monkeypatch.setattr(gpu_launches, "ROUNDS", 1)
     monkeypatch.setattr(gpu_launches, "SMALL", (Case("few", (4, 7)),))
     monkeypatch.setattr(gpu_launches, "OVERLAPPING", (Case("few", (40, 7)),))
@@ -281,7 +281,7 @@ def test_two_streams(emulated, few_calls, tmp_path, monkeypatch):
 
 class Tiny(torch.nn.Sequential):
     def __init__(self, num_classes):
-        super().__init__(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.LazyLinear(num_classes))
+        super().__init__(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, num_classes))
 
 
 @pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["stub", "real"])
@@ -393,7 +393,7 @@ def test_what_compiles_ahead(cpu_kernels, monkeypatch):
 
 
 STUBBED_PYTEST = (sys.executable, "-m", "pytest", "-p", "gpu_stubs")
-IN_MAKE_TEST = "bad_labels or host_waits or graph_sees or functional"
+IN_MAKE_TEST = "bad_labels or host_waits or graph_sees"
 
 
 @pytest.fixture
@@ -409,7 +409,7 @@ def test_the_tests_for_a_gpu(tests_on_stubs, tmp_path, monkeypatch, chosen):
     status, rows = part("tests", tmp_path)
     log = tmp_path / "tests.log"
     assert status == 0 and not errors(rows), log.read_text()
-    assert len(rows) >= 4 and {row["outcome"] for row in rows} == {"passed"}
+    assert len(rows) >= 3 and {row["outcome"] for row in rows} == {"passed"}
     _, again = part("tests", tmp_path)
     assert again == rows
 
