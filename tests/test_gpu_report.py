@@ -40,7 +40,8 @@ MACHINE = "a stub; torch 0"
 
 
 @pytest.fixture
-def cuda():
+def cuda(monkeypatch):
+    monkeypatch.setattr(gpu_times, "liger", lambda: None)
     with gpu_stubs.cuda_stubs():
         yield
 
@@ -216,7 +217,7 @@ def test_liger_is_timed_where_it_is_installed(cpu_kernels, one_case, tmp_path, m
     monkeypatch.setattr(gpu_times, "liger", lambda: torch.nn.functional.cross_entropy)
     _, rows = part("times", tmp_path)
     assert [row["pass"] for row in rows if row["loss"] == "liger cross_entropy"] == ["both"]
-    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.cross_entropy", None)
     assert gpu_cases.liger() is None
 
 
@@ -241,6 +242,7 @@ def test_compiled_and_native(cpu_kernels, tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def few_calls(monkeypatch):
     monkeypatch.setattr(gpu_launches, "CALLS", 1)
+    monkeypatch.setattr(gpu_launches, "PAIRS", 1)
     monkeypatch.setattr(gpu_launches, "ROUNDS", 1)
     monkeypatch.setattr(gpu_launches, "SMALL", (Case("few", (4, 7)),))
     monkeypatch.setattr(gpu_launches, "OVERLAPPING", (Case("few", (40, 7)),))
@@ -406,6 +408,7 @@ def tests_on_stubs(cuda, monkeypatch):
 @pytest.mark.parametrize("chosen", [IN_MAKE_TEST, pytest.param("triton", marks=pytest.mark.slow)], ids=["some", "all"])
 def test_the_tests_for_a_gpu(tests_on_stubs, tmp_path, monkeypatch, chosen):
     monkeypatch.setattr(gpu_checks, "PYTEST", (*STUBBED_PYTEST, "-k", chosen))
+    monkeypatch.setattr(gpu_checks, "workers", lambda: 1 if chosen == IN_MAKE_TEST else 2)
     status, rows = part("tests", tmp_path)
     log = tmp_path / "tests.log"
     assert status == 0 and not errors(rows), log.read_text()
@@ -468,16 +471,16 @@ def child(tmp_path, monkeypatch):
 
 
 def test_crashes_and_hangs_end_no_more_than_their_rows(child, tmp_path, monkeypatch, capfd):
-    monkeypatch.setitem(gpu_parts.PARTS, "streams", gpu_parts.PARTS["streams"]._replace(seconds=2.0))
+    monkeypatch.setitem(gpu_parts.PARTS, "streams", gpu_parts.PARTS["streams"]._replace(seconds=4.0))
     out = tmp_path / "out"
     assert gpu_report.measure(["streams", "step"], out, MACHINE, 60, [], child) == 1
     found = {row["logits"]: row["error"] for row in gpu_rows.read(out / "streams.csv")}
     assert found == {
-        "fine": "", "crash": "the process ended with status -6", "fine too": "", "hang": "stopped after 2 s",
+        "fine": "", "crash": "the process ended with status -6", "fine too": "", "hang": "stopped after 4 s",
     }  # fmt: skip
     assert len(gpu_rows.read(out / "step.csv")) == 1 and (out / "second").exists()
     text = (out / "report.md").read_text()
-    assert MACHINE in text and "the process ended with status -6" in text and "not there after 2 s" in text
+    assert MACHINE in text and "the process ended with status -6" in text and "not there after 4 s" in text
     assert "there were errors" in capfd.readouterr().out
     assert gpu_report.measure(["step"], out, MACHINE, 60, [], child) == 0
 
