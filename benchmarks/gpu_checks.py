@@ -31,7 +31,7 @@ OUTCOME = re.compile(r"^(?:tests/)?(test_gpu\.py::\S+) (PASSED|FAILED|ERROR|SKIP
 
 def workers() -> int:
     """Processes that compile Triton kernels at a time."""
-    return max(1, min(12, (os.cpu_count() or 1) - 2))
+    return max(1, min(10, (os.cpu_count() or 1) - 2))
 
 
 def lines_of(command: Sequence[str], environment: dict[str, str] | None = None) -> Iterator[str]:

@@ -15,6 +15,8 @@ def main(share: str, device: torch.device, sizes: Sizes) -> int:
     for case, dtype in mine:
         logits, target = problem(case, dtype, device)
         lmf(case.shape[1], device, "triton")(logits, target).backward()
+        del logits, target
+        torch.cuda.empty_cache()  # for the other processes
     torch.cuda.synchronize()
     return len(mine)
 

@@ -485,6 +485,25 @@ def test_crashes_and_hangs_end_no_more_than_their_rows(child, tmp_path, monkeypa
     assert gpu_report.measure(["step"], out, MACHINE, 60, [], child) == 0
 
 
+def test_the_command(cuda, child, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_report.measure, "__defaults__", (child,))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/old.csv").touch()
+
+    def command(*options):
+        monkeypatch.setattr(sys, "argv", ["gpu_report.py", "--measure-only", "--out", str(tmp_path / "out"), *options])
+        return gpu_report.main()
+
+    assert command("--parts", "launches", "--budget", "60") == 0 and (tmp_path / "out/old.csv").exists()
+    (row,) = gpu_rows.read(tmp_path / "out/launches.csv")
+    assert row["machine"].startswith(f"a stub; torch {torch.__version__}, Triton 3.")
+    assert command("--parts", "launches", "--fresh") == 0 and not (tmp_path / "out/old.csv").exists()
+    with pytest.raises(SystemExit):
+        command("--parts", "launches,lunch")
+    assert "lunch unknown, expected some of: tests, compile, times" in capsys.readouterr().err
+
+
 def test_parts_for_which_there_is_no_time(child, tmp_path, capfd):
     assert gpu_report.measure(["step"], tmp_path / "out", MACHINE, 1.2, [], child) == 0
     assert not (tmp_path / "out/step.csv").exists()
