@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lmf_kernels import LMFLoss, _ops, global_normalizer, linear_lmf_loss, lmf_loss
 from lmf_kernels.row_statistics import slice_statistics
 
-CUDA = torch.device("cuda")
+CUDA = torch.device("cuda")  # which the stubs of tests/gpu_stubs.py replace
 COUNTS = [500, 80, 9, 40]
 
 if not torch.cuda.is_available():
@@ -101,8 +101,8 @@ def test_cuda_graph_sees_new_weights(backend):
 def test_autocast_with_grad_scaler(dtype, backend):
     criterion, _, y = problem(backend)
     layer, x = nn.Linear(6, 4).to(CUDA), torch.randn(33, 6, device=CUDA)
-    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
-    with torch.autocast("cuda", dtype):
+    scaler = torch.amp.GradScaler(CUDA.type, init_scale=1024.0)
+    with torch.autocast(CUDA.type, dtype):
         logits = layer(x)
         logits.retain_grad()
         loss = criterion(logits, y)
@@ -123,7 +123,7 @@ def test_functional_transforms(backend):
 
 
 def test_checkpointing_and_double_backward(backend):
-    criterion, z, y = problem(backend, torch.float64)
+    criterion, z, y = problem(backend, torch.float64, (5, 4))
     loss = checkpoint(criterion, z, y, use_reentrant=False)
     (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
     assert_exact(gradient.detach().cpu(), exact(z, y, criterion)[1])

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from gpu_offline import CASES, DTYPES, TARGETS, kernels, padded, resources, traffic  # noqa: E402
-from gpu_report import peers, resource_row, traffic_row  # noqa: E402
+from gpu_tables import peers, resource_row, traffic_row  # noqa: E402
 
 IN_MAKE_TEST = ("(N, 7)", "(N, 8)", "(N, 1000)", "(N, 32000)", "(N, 5, 512, 512)")  # the others are slow
 EACH_CASE = [
