@@ -157,10 +157,11 @@ def check(asked: Asked, seen: Seen, known: dict[str, Any]) -> dict[str, Any]:
     assert scratch and not any(map(any, scratch)), f"{where}: scratch memory {scratch}"
     image = seen.compiled.asm["cubin"]
     assert ctypes.string_at(seen.function, len(image)) == image
-    assert seen.grid == (asked.plan.programs, 1, 1)
-    assert seen.block == (threads, 1, 1) and threads == 32 * seen.compiled.metadata.num_warps
-    assert seen.shared == seen.compiled.metadata.shared
-    assert seen.stream == Stream.current and seen.attributes == 0
+    assert seen.grid == (asked.plan.programs, 1, 1), f"{where}: grid {seen.grid}, not {asked.plan.programs}"
+    assert seen.block == (threads, 1, 1), f"{where}: block {seen.block}, compiled for {threads}"
+    assert seen.shared == seen.compiled.metadata.shared, f"{where}: {seen.shared} bytes of shared memory"
+    assert seen.stream == Stream.current, f"{where}: stream {seen.stream:#x}, not {Stream.current:#x}"
+    assert seen.attributes == 0
     return read
 
 
@@ -203,6 +204,8 @@ def memory(shape: tuple[int, ...], layout: str, dtype: torch.dtype, offset: int)
         strides = (C + 8, 1)
     elif layout == "transposed":
         strides = (1, rows)
+    elif layout == "far":  # a stride of more than 32 bits
+        strides = (2**31 + 64, 4096, 64, 1)
     elif layout == "crop":
         height, width = inner
         strides = (C * (height + 3) * (width + 16), (height + 3) * (width + 16), width + 16, 1)
@@ -221,8 +224,12 @@ def vectors(variant: Variant) -> dict[str, Tensor | None]:
     return tables
 
 
-def call(variant: Variant, number: int, direct: bool, offset: int = 0) -> int:
-    """Loss and gradient on new memory, with options of their own; all launches are checked. Returns their number."""
+KEPT: list[Any] = []  # memory of earlier calls, so that a later one has other addresses
+
+
+def call(variant: Variant, number: int, direct: bool, offset: int = 0) -> list[int]:
+    """Loss and gradient on new memory, with options of their own; all launches are checked. Returns their functions."""
+    KEPT.extend(ASKED)
     ASKED.clear()
     SEEN.clear()
     logits = memory(variant.shape, variant.layout, variant.dtype, offset).requires_grad_()
@@ -283,19 +290,24 @@ def call(variant: Variant, number: int, direct: bool, offset: int = 0) -> int:
         check_rows(read, ("target_0", "target_1", "target_2"), local, False)
     assert len(ASKED) == len(SEEN) == 2 + variant.statistics
     assert [asked.by_triton for asked in ASKED] == [0 if direct else 1] * len(ASKED), "not launched the expected way"
-    return len(SEEN)
+    return [seen.function for seen in SEEN]
 
 
 def launches(variant: Variant) -> int:
     """Each loss by Triton's launcher at first, then directly, on this and another stream."""
+    KEPT.clear()
     Stream.current = 0x5EED0
-    count = call(variant, 0, direct=False) + call(variant, 1, direct=True)
+    functions = [call(variant, 0, direct=False), call(variant, 1, direct=True)]
     Stream.current = 0x7F00_1234_5678
-    count += call(variant, 2, direct=True)
+    functions.append(call(variant, 2, direct=True))
     if variant.misaligned:  # by Triton's launcher every time, and what is kept for aligned memory stays right
-        count += call(variant, 3, direct=False, offset=1) + call(variant, 4, direct=False, offset=1)
-        count += call(variant, 5, direct=True)
-    return count
+        odd = [call(variant, number, direct=False, offset=1) for number in (3, 4)]
+        functions.append(call(variant, 5, direct=True))
+        assert odd[0] == odd[1] and not set(odd[0]) & set(functions[0]), "aligned and other memory have one kernel"
+    else:
+        odd = []
+    assert all(each == functions[0] for each in functions), "the direct launch took another kernel than Triton"
+    return sum(map(len, functions + odd))
 
 
 SHAPES = [(case.full, case.layout) for case in CASES] + [
@@ -316,12 +328,15 @@ def variant(i: int, shape: tuple[int, ...], layout: str, dtype: torch.dtype, red
 
 
 def sample() -> list[Variant]:
-    return [variant(i, *shape, DTYPES[i % 4], REDUCTIONS[i % 3]) for i, shape in enumerate(SHAPES)]
+    one_of_each = [variant(i, *shape, DTYPES[i % 4], REDUCTIONS[i % 3]) for i, shape in enumerate(SHAPES)]
+    # Another kernel of the plan of one_of_each[1].
+    return [*one_of_each, Variant(*SHAPES[1], torch.float16, "mean", True, True, False, False)]
 
 
 def everything() -> list[Variant]:
     combinations = [(dtype, reduction) for dtype in DTYPES for reduction in REDUCTIONS]
-    return [variant(i, *shape, *combination) for shape in SHAPES for i, combination in enumerate(combinations)]
+    found = [variant(i, *shape, *combination) for shape in SHAPES for i, combination in enumerate(combinations)]
+    return [*found, variant(0, (2, 5, 64, 64), "far", torch.float16, "mean")]
 
 
 if __name__ == "__main__":
