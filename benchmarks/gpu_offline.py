@@ -16,6 +16,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
@@ -287,12 +288,16 @@ def whole(loss: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...], dtyp
 # ---- host time ------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def stub_driver() -> Iterator[list[tuple[Any, ...]]]:
-    """Triton's own launch path for sm_90 on CPU tensors, down to the driver's launch call, which is only recorded."""
+    """Triton's own launch path for sm_90 on CPU tensors, down to the driver's launch call, which is only recorded.
+
+    That call and all else that Triton has in C is replaced: up to Triton 3.6 the launcher compiles a module for each
+    kernel's signature, from 3.8 on it takes these names from one that was compiled for all.
+    """
     from triton.backends.nvidia import driver as nvidia
 
     launched: list[tuple[Any, ...]] = []
 
-    class Utils:
+    class Compiled:
         load_binary = staticmethod(lambda *_: (1, 2, 32, 0, 1024))
         unload_module = staticmethod(lambda *_: None)
         get_device_properties = staticmethod(lambda _: {"max_shared_mem": 232448})
@@ -300,32 +305,34 @@ def stub_driver() -> Iterator[list[tuple[Any, ...]]]:
         launch = staticmethod(lambda *arguments: launched.append(arguments))
 
     class Driver:
-        utils = Utils()
+        utils = Compiled
         launcher_cls = nvidia.CudaLauncher
         get_current_target = staticmethod(lambda: TARGETS["sm_90"])
         get_current_device = staticmethod(lambda: 0)
         get_current_stream = staticmethod(lambda _=None: 0)
 
-    names = ("PyKernelArg", "ARG_CONSTEXPR", "ARG_KERNEL", "ARG_TUPLE")
-    before = {name: getattr(nvidia, name) for name in names}
-    for name, value in zip(names, (namedtuple("PyKernelArg", "nested_tuple type"), 0, 1, 2), strict=True):
-        setattr(nvidia, name, value)
-    active = triton.runtime.driver._active  # not `active`, which looks for a GPU
-    triton.runtime.driver.set_active(Driver())
-    try:
-        with device_of(MULTIPROCESSORS):
-            yield launched
-    finally:
-        for kernel in (_triton.forward_kernel, _triton.backward_kernel):
-            for cache, *_ in kernel.device_caches.values():
-                for binary in cache.values():
-                    binary.module = None  # nothing to unload
-            kernel.device_caches.clear()
-        _triton._forward_plan.cache_clear()
-        _triton._backward_plan.cache_clear()
-        for name, value in before.items():
-            setattr(nvidia, name, value)
-        triton.runtime.driver._active = active
+    names = {
+        "compile_module_from_src": lambda **_: Compiled,
+        "library_dirs": list,
+        "PyKernelArg": namedtuple("PyKernelArg", "nested_tuple type"),
+        "ARG_CONSTEXPR": 0,
+        "ARG_KERNEL": 1,
+        "ARG_TUPLE": 2,
+    }
+    # Of the latter the active driver is restored, under whatever names it is kept: to read it would look for a GPU.
+    with mock.patch.dict(vars(nvidia), names), mock.patch.dict(vars(triton.runtime.driver)):
+        triton.runtime.driver.set_active(Driver())
+        try:
+            with device_of(MULTIPROCESSORS):
+                yield launched
+        finally:
+            for kernel in (_triton.forward_kernel, _triton.backward_kernel):
+                for cache, *_ in kernel.device_caches.values():
+                    for binary in cache.values():
+                        binary.module = None  # nothing to unload
+                kernel.device_caches.clear()
+            _triton._forward_plan.cache_clear()
+            _triton._backward_plan.cache_clear()
 
 
 def microseconds(run: Callable[[], object], batches: int = 200, calls: int = 40) -> float:

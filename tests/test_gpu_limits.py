@@ -10,7 +10,8 @@ import torch
 from checks import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler, which the interpreter replaces")
-pytest.importorskip("triton")
+TRITON = tuple(map(int, pytest.importorskip("triton").__version__.split(".")[:2]))
+MADE_WITH = (3, 8)  # the tables: registers are another matter with each version of Triton and of its ptxas
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from gpu_offline import CASES, DTYPES, TARGETS, kernels, padded, resources, traffic  # noqa: E402
@@ -36,6 +37,7 @@ def rescaled(kernel):
     return tile.LPR * ((steps if steps > 1 else 0) + (parts if tile.LPR > 1 else 0))
 
 
+@pytest.mark.skipif(TRITON != MADE_WITH, reason="needs Triton 3.8: the table of registers is of that version")
 @pytest.mark.parametrize("case, dtype", EACH_CASE, ids=str)
 def test_no_spills_and_no_local_memory(case, dtype, capsys):
     found = {
@@ -69,7 +71,8 @@ def test_traffic(case, dtype, capsys):
     assert backward.exponentials * C == pytest.approx(2 * padded(back))
     # Forward: two more for each time that a lane's maximum may grow or lanes are combined, and three to finish a row,
     # which the lanes of a row may do together.
-    assert forward.exponentials * C <= 2 * padded(ahead) + 2 * rescaled(ahead) + 3.1 * ahead.plan.tile.LPR
+    if TRITON >= MADE_WITH or ahead.plan.tile.LPR == 1:  # Triton 3.4 and 3.6 do a lane's share of that K times over
+        assert forward.exponentials * C <= 2 * padded(ahead) + 2 * rescaled(ahead) + 3.1 * ahead.plan.tile.LPR
 
 
 @pytest.mark.slow
