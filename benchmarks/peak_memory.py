@@ -10,6 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from lmf_kernels.linear_passes import forward_by_chunks
 
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")  # as the profiler names them
+
 
 class PeakMemory(TorchDispatchMode):
     """Inside, counts the bytes of storages that ops allocate and that are still alive; `peak` is the most there were.
@@ -63,15 +65,28 @@ def allocated_peak(step: Callable[[], Any], device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    return allocated_peaks(step)[0]
+
+
+def allocated_peaks(step: Callable[[], Any]) -> tuple[int, int]:
+    """The same on the CPU, and the peak outside matrix products, whose results count but not their own temporaries.
+
+    Those are up to torch and the machine: a CPU with AVX-512 but without bfloat16 instructions copies the operands and
+    results of bfloat16 products in float32.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         results = step()
     del results
-    now = peak = 0
+    now = peak = outside = product_ends = 0
     for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
-            now += event.nbytes()
+            before, now = now, now + event.nbytes()
             peak = max(peak, now)
-    return peak
+            if event.start_ns() > product_ends:
+                outside = max(outside, before, now)  # `before`, as a product may have left its result
+        elif event.name() in PRODUCTS:
+            product_ends = max(product_ends, event.start_ns() + event.duration_ns())
+    return peak, max(outside, now)
 
 
 def linear_step_extra(
