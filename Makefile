@@ -4,15 +4,13 @@
 # make test-versions  the tests of CPU and Triton kernels with the torch versions that are supported, oldest to newest
 # make sanitize   the native tests with AddressSanitizer and UndefinedBehaviorSanitizer
 # make nightly    the property tests on thousands of new examples
-<<<<<<< HEAD
 # make dist       a source distribution and a wheel, checked by installing it
-=======
 # make gpu        on a machine with a GPU: its tests and times in 8 minutes, by the Python that is there (docs/gpu.md)
->>>>>>> wt-gpu
 # make lint, make format, make clean
 #
 # PYTHON=python3.12 makes the environment with another Python. VENV=path uses an environment that is there: its torch
 # stays, and only what it lacks is installed.
+GIVEN_PYTHON := $(PYTHON)
 ifndef PYTHON
 PYTHON := $(shell tools/find_python.sh)
 endif
@@ -32,11 +30,7 @@ BUILD := $(STAMPS)/build$(LMF_BUILD_CUDA)
 VERSIONS := 2.8.0-3.10 2.11.0-3.12 2.15.0-3.13
 VERSION_ENVIRONMENTS := .venv-versions
 
-<<<<<<< HEAD
-.PHONY: setup train test test-all test-versions sanitize nightly dist lint format clean
-=======
-.PHONY: setup train test test-all sanitize test-oldest nightly gpu lint format clean
->>>>>>> wt-gpu
+.PHONY: setup train test test-all test-versions sanitize nightly dist gpu lint format clean
 
 setup: $(STAMPS)/dev $(BUILD)
 
@@ -96,17 +90,15 @@ $(VERSION_ENVIRONMENTS)/%/stamps/install: $(VERSION_ENVIRONMENTS)/%/stamps/requi
 		build/versions/$*/*.tar.gz
 	touch $@
 
-<<<<<<< HEAD
 dist: $(STAMPS)/dev
 	tools/dist.sh
-=======
-# In the environment of PYTHON, or of python3 where that is missing; nothing is installed. The report runs the tests
-# first and `python -m lmf_kernels build` after Triton's times.
+
+# In the environment of python3, or of the PYTHON that is given; nothing is installed. The report runs the tests first
+# and `python -m lmf_kernels build` after Triton's times.
 gpu: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu: export PYTHONUNBUFFERED := 1
 gpu:
-	python=$$(command -v $(PYTHON) || command -v python3) && $$python benchmarks/gpu_report.py --measure-only $(ARGS)
->>>>>>> wt-gpu
+	$(or $(GIVEN_PYTHON),python3) benchmarks/gpu_report.py --measure-only $(ARGS)
 
 lint: setup
 	ruff check .
