@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from checks import INTERPRETED
 
+import lmf_kernels
+
 TESTS = Path(__file__).parent
 CC = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 nvidia = pytest.importorskip("triton.backends.nvidia")
@@ -35,7 +37,7 @@ def test_every_argument_word(amount, tmp_path, capsys):
         "LD_LIBRARY_PATH": str(tmp_path),
         "TRITON_LIBCUDA_PATH": str(tmp_path),
         "TRITON_CACHE_DIR": str(tmp_path / "cache"),
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(Path(lmf_kernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, TESTS / "launcher_process.py", libcuda, amount]
     found = subprocess.run(command, env=environment, capture_output=True, text=True)
