@@ -27,7 +27,8 @@ files() { printf 'tests/test_%s.py ' "$@"; }
 # CPU kernels, and what is in front of them.
 pytest $(files edges layouts reductions ops pairwise precision backward errors modules margins recipes reference oracle \
     properties threads import fuzz linear compile)
-# Triton: launches, the compiler, the emulator and the interpreter.
-pytest $(files triton_launch triton_compiles)
+# Triton: the compiler, launches down to the driver's call, the emulator, the interpreter, and `make gpu` on stubs.
+pytest -m slow $(files triton_compiles)
+pytest $(files triton_launch launcher gpu_report)
 pytest $(files triton_emulated) -k "reductions_of_many or terms_and_precision or test_float64 or registered_op"
 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 pytest $(files edges reductions row_statistics) -k triton

@@ -25,7 +25,7 @@ def build() -> str:
     except ImportError:
         sys.exit("lmf_kernels: the build needs setuptools (pip install setuptools ninja)")
     from . import record
-    from .extension import FILE, setup_arguments
+    from .extension import FILE, say, setup_arguments
 
     sources = _sources()
     if not os.access(PACKAGE, os.W_OK):
@@ -35,9 +35,13 @@ def build() -> str:
         build_ext = Distribution({"name": "lmf_kernels", **setup_arguments()}).get_command_obj("build_ext")
         build_ext.build_lib, build_ext.build_temp = f"{scratch}/lib", f"{scratch}/objects"
         build_ext.ensure_finalized()
+        say("compiling, which takes a minute or two")
+        log = Path(scratch, "log")
         try:
-            build_ext.run()
+            with _output_to(log):
+                build_ext.run()
         except Exception as error:
+            print(log.read_text(errors="replace"), file=sys.stderr)
             sys.exit(f"lmf_kernels: the build failed, and nothing was changed: {str(error).splitlines()[0]}")
         built = Path(scratch, "lib", "lmf_kernels")
         for file in (FILE, record.FILE):  # the copy may cross file systems; the renaming leaves nothing half-written
@@ -67,6 +71,25 @@ def _working_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.chdir(before)
+
+
+@contextlib.contextmanager
+def _output_to(file: Path) -> Iterator[None]:
+    """Takes what compilers print, too."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    before = [os.dup(stream) for stream in (1, 2)]
+    with open(file, "wb") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for stream, saved in zip((1, 2), before, strict=True):
+            os.dup2(saved, stream)
+            os.close(saved)
 
 
 def _list_as_installed(*files: str) -> None:
