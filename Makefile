@@ -3,7 +3,7 @@
 # make test-all   the same and the slow tests
 # make test-versions  the tests of CPU and Triton kernels with the torch versions that are supported, oldest to newest
 # make sanitize   the native tests with AddressSanitizer and UndefinedBehaviorSanitizer
-# make nightly    the property tests on thousands of new examples
+# make nightly    the property tests on thousands of new examples, and every launch of the launcher's test
 # make dist       a source distribution and a wheel, checked by installing it
 # make gpu        on a machine with a GPU: its tests and times in 8 minutes, by the Python that is there (docs/gpu.md)
 # make lint, make format, make clean
@@ -53,10 +53,11 @@ test: setup
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 test-all: test
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not nightly" $(ARGS)
 	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest tests/test_properties.py $(ARGS)
 
 nightly: setup
+	$(BIN)/python -m pytest -m nightly $(ARGS)
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_properties.py $(ARGS)
 
 sanitize: $(STAMPS)/sanitize

@@ -26,7 +26,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("amount", ["sample", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("amount", ["sample", pytest.param("all", marks=[pytest.mark.slow, pytest.mark.nightly])])
 def test_every_argument_word(amount, tmp_path, capsys):
     libcuda = tmp_path / "libcuda.so.1"
     include = Path(nvidia.__file__).with_name("include")  # the cuda.h that Triton compiles its own C with
