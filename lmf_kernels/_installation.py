@@ -57,6 +57,12 @@ def _missing() -> list[tuple[str, str, str]]:
     return [] if torch.cuda.is_available() else [("triton", "the CPU", "it needs a GPU, and torch finds none")]
 
 
+def _step(logits: Tensor, target: Tensor, table: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    logits = logits.detach().requires_grad_()
+    loss = lmf_loss(logits, target, margins=table, weight=table, backend=backend)
+    return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+
 def _check(backend: str, device: torch.device) -> tuple[str, bool]:
     """Forward and backward of random cases in float32 against the reference in float64."""
     generator = torch.Generator().manual_seed(0)
@@ -65,13 +71,8 @@ def _check(backend: str, device: torch.device) -> tuple[str, bool]:
         z = (3 * torch.randn(shape, generator=generator)).to(device)
         y = torch.randint(0, shape[1], (shape[0], *shape[2:]), generator=generator).to(device)
         table = torch.rand(shape[1], generator=generator).to(device)
-
-        def step(logits: Tensor, kernels: str, y: Tensor = y, table: Tensor = table) -> tuple[Tensor, Tensor]:
-            leaf = logits.requires_grad_()
-            loss = lmf_loss(leaf, y, margins=table, weight=table, backend=kernels)
-            return loss.detach(), torch.autograd.grad(loss, leaf)[0]
-
-        for got, want in zip(step(z.clone(), backend), step(z.double(), "reference"), strict=True):
+        found, exact = _step(z, y, table, backend), _step(z.double(), y, table, "reference")
+        for got, want in zip(found, exact, strict=True):
             error = (got.double() - want).abs() / want.abs().clamp_min(1e-30)
             worst = max(worst, float(error.nan_to_num(nan=float("inf")).max()))
     return f"loss and gradient within {worst:.0e} of the float64 reference (allowed {BAR:.0e})", worst <= BAR
