@@ -1,4 +1,4 @@
-"""Every Triton kernel of the table compiles for sm_90, whatever Triton is installed; test_gpu_limits.py has its cost."""
+"""Every Triton kernel of the table compiles for sm_90 in whatever version is there; test_gpu_limits.py has its cost."""
 
 from __future__ import annotations
 
