@@ -288,3 +288,18 @@ def test_ctrl_c_keeps_the_finished_trainings(tmp_path):
     assert len(records) >= 3
     assert "Table 1" in rest
     assert {path.name for path in out.iterdir()} == FILES
+
+
+def test_training_on_tables_and_digits_needs_no_torchvision(tmp_path):
+    """`make train` installs none; models and images that need it say so."""
+    code = "import sys; sys.modules['torchvision'] = None; from training.cli import main; sys.exit(main(sys.argv[1:]))"
+    run = [sys.executable, "-c", code]
+    arguments = [*TINY, "--out", str(tmp_path / "out")]
+    options = dict(cwd=ROOT / "benchmarks", capture_output=True, text=True)
+    losses = ["--losses", "ce"]
+    assert subprocess.run([*run, *arguments, *losses], **options).returncode == 0
+    images = make_images(tmp_path / "images", {"a": 12, "b": 12})
+    for more, what in ((["--model", "resnet50"], "--model resnet50"), (["--data", f"imagefolder:{images}"], "--data")):
+        refused = subprocess.run([*run, *arguments, *more], **options)
+        assert refused.returncode == 2, refused.stderr
+        assert what in refused.stderr and "needs the package torchvision: pip install torchvision" in refused.stderr

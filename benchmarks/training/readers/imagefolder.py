@@ -4,9 +4,9 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets import ImageFolder
 
 from ..errors import UserError
+from ..packages import needed
 from ..samples import PARTS, Samples
 from .files import data_folder
 
@@ -37,7 +37,7 @@ def _read_parts(root: Path) -> Samples:
 
 def _read_folder(root: Path) -> tuple[tuple[str, ...], list[Path], np.ndarray]:
     try:
-        folder = ImageFolder(root, allow_empty=True)
+        folder = needed("torchvision.datasets", "--data imagefolder").ImageFolder(root, allow_empty=True)
     except (FileNotFoundError, PermissionError) as error:
         raise UserError(f"{root}: {error}") from error
     labels = np.array(folder.targets, dtype=np.int64)
