@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 environment=$(realpath "$1")
 name=$(basename "$environment")
 # By its script: `python -m pytest` would put the clone in front of what is installed.
-pytest() { "$environment/bin/pytest" -q -p no:cacheprovider -m "not slow" "$@"; }
+pytest() { "$environment/bin/pytest" -q -p no:cacheprovider --disable-warnings -m "not slow" "$@"; }
 
 echo "== torch ${name%-*}, Python ${name#*-}"
 (
