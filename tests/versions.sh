@@ -12,17 +12,21 @@ echo "== torch ${name%-*}, Python ${name#*-}"
 (
     cd "$environment"
     bin/python -m lmf_kernels
-    bin/python - "$name" <<'CHECK'
+    bin/python - "$name" "$OLDPWD/README.md" <<'CHECK'
 import sys
+from pathlib import Path
 import torch
 import lmf_kernels
 version, python = sys.argv[1].split("-")
 assert torch.__version__.split("+")[0] == version, f"the installation replaced torch {version} by {torch.__version__}"
 assert sys.version.startswith(python + "."), sys.version
 assert lmf_kernels.__file__.startswith(sys.prefix), lmf_kernels.__file__
+example = Path(sys.argv[2]).read_text().split("```python")[1].split("```")[0]
+logits, target = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 1, 2, 0])
+exec(example, {"train_labels": target, "num_classes": 3, "logits": logits, "target": target})
+assert logits.grad.abs().sum() > 0
 CHECK
 )
-kernels=(edges layouts reductions ops pairwise precision backward errors properties)
 files() { printf 'tests/test_%s.py ' "$@"; }
 # CPU kernels, and what is in front of them.
 pytest $(files edges layouts reductions ops pairwise precision backward errors modules margins recipes reference oracle \
