@@ -32,7 +32,7 @@ from lmf_kernels._build.toolkit import NVCC_FLAGS, Toolkit, find_toolkit
 ROOT = Path(__file__).parent.parent
 
 BUILT = _ops._C is not None and "cuda" in _ops._C.devices()
-needs_cuda_build = pytest.mark.skipif(not BUILT, reason="the extension was built without CUDA")
+needs_cuda_build = pytest.mark.skipif(not BUILT, reason="needs the CUDA kernels: LMF_BUILD_CUDA=1 builds them")
 
 POINTERS = {
     "forward": (
