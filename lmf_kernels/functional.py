@@ -3,7 +3,7 @@
 import math
 import numbers
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ _TINY = torch.finfo(torch.float32).tiny
 _TENSORS = ("input", "target", "margins", "ldam_weight", "focal_weight", "normalizer", "normalizer")
 
 Normalizer = float | Tensor | Sequence[float | Tensor]
+Reduction = Literal["none", "mean", "sum"]
 
 
 def lmf_loss(
@@ -34,7 +35,7 @@ def lmf_loss(
     ldam_weight: Tensor | None = None,
     focal_weight: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: Normalizer | None = None,
     backend: str = "auto",
     class_group: ClassGroup | None = None,

@@ -11,6 +11,7 @@ from ._ops import select_backend
 from .class_parallel import ClassGroup, shares_of
 from .functional import (
     Normalizer,
+    Reduction,
     check_floating,
     check_normalizer,
     check_options,
@@ -38,7 +39,7 @@ def linear_lmf_loss(
     ldam_weight: Tensor | None = None,
     focal_weight: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: Normalizer | None = None,
     backend: str = "auto",
     memory_budget: int | None = None,
