@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._hints import device_misfit
 from .class_parallel import ClassGroup, ClassShares
 from .counts import ClassCounts
 from .functional import Normalizer, Reduction
@@ -111,25 +112,45 @@ class LinearLMFLoss(LMFLoss):
 
     def forward(self, input: Tensor, target: Tensor, normalizer: Normalizer | None = None) -> Tensor:
         """The loss of features `input` (N, D) and labels `target` (N,); see `linear_lmf_loss`."""
-        return linear_lmf_loss(
-            input,
-            self.linear.weight,
-            target,
-            linear_bias=self.linear.bias,
-            normalize=self.normalize,
-            margins=self.margins,
-            alpha=self.alpha,
-            beta=self.beta,
-            gamma=self.gamma,
-            s=self.s,
-            ldam_weight=self.ldam_weight,
-            focal_weight=self.focal_weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            normalizer=normalizer,
-            backend=self.backend,
-            memory_budget=self.memory_budget,
-            class_group=self.class_group,
+        try:
+            return linear_lmf_loss(
+                input,
+                self.linear.weight,
+                target,
+                linear_bias=self.linear.bias,
+                normalize=self.normalize,
+                margins=self.margins,
+                alpha=self.alpha,
+                beta=self.beta,
+                gamma=self.gamma,
+                s=self.s,
+                ldam_weight=self.ldam_weight,
+                focal_weight=self.focal_weight,
+                ignore_index=self.ignore_index,
+                reduction=self.reduction,
+                normalizer=normalizer,
+                backend=self.backend,
+                memory_budget=self.memory_budget,
+                class_group=self.class_group,
+            )
+        except (ValueError, RuntimeError) as error:
+            misfit = self._misfit(input)
+            if type(misfit) is not type(error):
+                raise
+            raise misfit from None
+
+    def _misfit(self, input: Tensor) -> Exception | None:
+        """How features do not fit this head, in the words of its constructor."""
+        weight, name = self.linear.weight, type(self).__name__
+        if type(input) not in (Tensor, nn.Parameter) or input.dim() not in (1, 2):
+            return None
+        tables = [table for table in (weight, *self._buffers.values()) if table is not None]
+        moved = device_misfit(name, tables, input)
+        if moved is not None or input.shape[-1] == weight.shape[1]:
+            return moved
+        return ValueError(
+            f"{name} was built for in_features={weight.shape[1]}, input of shape {tuple(input.shape)} has "
+            f"{input.shape[-1]}"
         )
 
     def logits(self, input: Tensor) -> Tensor:

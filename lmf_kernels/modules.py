@@ -1,9 +1,10 @@
 """`LMFLoss`, `LDAMLoss` and `FocalLoss`: modules over `lmf_loss`."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._checks import check_dense, check_memory
+from ._hints import module_misfit
 from .class_parallel import ClassGroup, ClassShares, explained
 from .counts import ClassCounts, check_counts, read_counts
 from .functional import Normalizer, Reduction, check_options, check_table, lmf_loss
@@ -50,22 +51,36 @@ class _Loss(Tables):
     def forward(self, input: Tensor, target: Tensor, normalizer: Normalizer | None = None) -> Tensor:
         """The loss of logits `input` (N, C, ...) and labels `target` (N, ...); see `lmf_loss`."""
         buffers = self._buffers  # three times quicker than the attributes, which matters for small batches
-        return lmf_loss(
-            input,
-            target,
-            margins=buffers["margins"],
-            alpha=self.alpha,
-            beta=self.beta,
-            gamma=self.gamma,
-            s=self.s,
-            ldam_weight=buffers["ldam_weight"],
-            focal_weight=buffers["focal_weight"],
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            normalizer=normalizer,
-            backend=self.backend,
-            class_group=self.class_group and self._shares(input.shape[input.dim() > 1], input.device),
-        )
+        try:
+            return lmf_loss(
+                input,
+                target,
+                margins=buffers["margins"],
+                alpha=self.alpha,
+                beta=self.beta,
+                gamma=self.gamma,
+                s=self.s,
+                ldam_weight=buffers["ldam_weight"],
+                focal_weight=buffers["focal_weight"],
+                ignore_index=self.ignore_index,
+                reduction=self.reduction,
+                normalizer=normalizer,
+                backend=self.backend,
+                class_group=self.class_group and self._shares(input.shape[input.dim() > 1], input.device),
+            )
+        except (ValueError, RuntimeError) as error:
+            misfit = self._misfit(input)
+            if type(misfit) is not type(error):
+                raise
+            raise misfit from None
+
+    def _misfit(self, input: Tensor) -> Exception | None:
+        """How logits do not fit this loss, in the words of its constructor."""
+        if self.class_group is not None or type(input) not in (Tensor, nn.Parameter):
+            return None
+        tables = self.margins, self.ldam_weight, self.focal_weight
+        built_from = "weight" if self.margins is None else "cls_num_list"
+        return module_misfit(type(self).__name__, built_from, tables, input)
 
     def extra_repr(self) -> str:
         options = [f"alpha={self.alpha:g}", f"beta={self.beta:g}"]
