@@ -1,7 +1,7 @@
 """What to say of calls that do not fit, in the words of who made them. Nothing here runs for a call that fits."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -46,12 +46,12 @@ def warn_of_one_class() -> None:
     )
 
 
-def module_misfit(name: str, built_from: str, tables: Sequence[Tensor | None], input: Tensor) -> Exception | None:
+def module_misfit(name: str, built_from: str, tables: Mapping[str, Tensor | None], input: Tensor) -> Exception | None:
     """How the logits and the module `name`, whose tables were built from an argument, do not fit; None if they do."""
-    known = [table for table in tables if table is not None]
-    if not known or not isinstance(input, Tensor) or input.dim() == 0:
+    known = {key: table for key, table in tables.items() if table is not None}
+    if not known or input.dim() == 0:
         return None
-    classes, built = input.shape[input.dim() > 1], len(known[0])
+    classes, built = input.shape[input.dim() > 1], len(next(iter(known.values())))
     if classes == built:
         return device_misfit(name, known, input)
     shape = tuple(input.shape)
@@ -62,12 +62,15 @@ def module_misfit(name: str, built_from: str, tables: Sequence[Tensor | None], i
     )
 
 
-def device_misfit(name: str, tensors: Sequence[Tensor], input: Tensor) -> Exception | None:
-    for tensor in tensors:
+def device_misfit(name: str, tensors: Mapping[str, Tensor], input: Tensor) -> Exception | None:
+    for key, tensor in tensors.items():
         if tensor.device != input.device:
             device = str(input.device)
-            return RuntimeError(
-                f"{name} is on {tensor.device}, input on {device}: move the loss as you move the model, {name}.to("
-                f"{device!r})"
-            )
+            if tensor.is_meta:
+                advice = (
+                    "it has no values yet; loss.to_empty(device=...), loss.reset_parameters(), then load a checkpoint"
+                )
+            else:
+                advice = f"move the loss as you move the model, loss.to({device!r})"
+            return RuntimeError(f"{name} (its {key}) is on {tensor.device}, input on {device}: {advice}")
     return None

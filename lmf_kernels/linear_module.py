@@ -144,8 +144,8 @@ class LinearLMFLoss(LMFLoss):
         weight, name = self.linear.weight, type(self).__name__
         if type(input) not in (Tensor, nn.Parameter) or input.dim() not in (1, 2):
             return None
-        tables = [table for table in (weight, *self._buffers.values()) if table is not None]
-        moved = device_misfit(name, tables, input)
+        tables = {key: table for key, table in self._buffers.items() if table is not None}
+        moved = device_misfit(name, {"linear.weight": weight, **tables}, input)
         if moved is not None or input.shape[-1] == weight.shape[1]:
             return moved
         return ValueError(

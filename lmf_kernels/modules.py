@@ -78,9 +78,8 @@ class _Loss(Tables):
         """How logits do not fit this loss, in the words of its constructor."""
         if self.class_group is not None or type(input) not in (Tensor, nn.Parameter):
             return None
-        tables = self.margins, self.ldam_weight, self.focal_weight
         built_from = "weight" if self.margins is None else "cls_num_list"
-        return module_misfit(type(self).__name__, built_from, tables, input)
+        return module_misfit(type(self).__name__, built_from, self._buffers, input)
 
     def extra_repr(self) -> str:
         options = [f"alpha={self.alpha:g}", f"beta={self.beta:g}"]

@@ -47,15 +47,20 @@ def test_classes_in_the_last_dimension(criterion):
 
 def test_module_on_another_device(criterion):
     name = type(criterion).__name__
+    table = "focal_weight" if name == "FocalLoss" else "margins"
     z, y = torch.randn(5, 4, device="meta"), torch.zeros(5, dtype=torch.long, device="meta")
     said = message(RuntimeError, criterion, z, y)
-    assert said == f"{name} is on cpu, input on meta: move the loss as you move the model, {name}.to('meta')"
+    where = f"{name} (its {table}) is on cpu, input on meta"
+    assert said == f"{where}: move the loss as you move the model, loss.to('meta')"
+    said = message(RuntimeError, criterion.to("meta"), torch.randn(5, 4), torch.zeros(5).long())
+    assert said.startswith(f"{name} (its {table}) is on meta, input on cpu") and "loss.reset_parameters()" in said
 
 
 def test_one_table_on_another_device():
     loss = LMFLoss(COUNTS)
     loss.focal_weight = loss.focal_weight.to("meta")
-    assert "LMFLoss is on meta, input on cpu" in message(RuntimeError, loss, torch.randn(2, 4), torch.tensor([0, 1]))
+    said = message(RuntimeError, loss, torch.randn(2, 4), torch.tensor([0, 1]))
+    assert "LMFLoss (its focal_weight) is on meta, input on cpu" in said
 
 
 def test_other_errors_pass_through(criterion):
@@ -73,7 +78,7 @@ def test_linear_head():
     said = message(ValueError, head, x[:, :4], y)
     assert said == "LinearLMFLoss was built for in_features=6, input of shape (5, 4) has 4"
     said = message(RuntimeError, head, x.to("meta"), y.to("meta"))
-    assert said.startswith("LinearLMFLoss is on cpu, input on meta") and ".to('meta')" in said
+    assert said.startswith("LinearLMFLoss (its linear.weight) is on cpu, input on meta") and ".to('meta')" in said
     assert message(ValueError, head, x, y, -1.0).startswith("normalizer")
     assert message(TypeError, head, "x", y).startswith("input must be")
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 from checks import INTERPRETED
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from lmf_kernels import DeferredReweighting, FocalLoss, LDAMLoss, LinearLMFLoss, LMFLoss, ldam_margins
+from lmf_kernels.tables import Tables
 
 COUNTS = [500, 80, 9, 40]
 OTHER = [7, 300, 41, 22]
@@ -238,6 +240,13 @@ def test_built_under_the_cuda_device():
     assert {buffer.device.type for buffer in model.buffers()} == {"cuda"} and loss.isfinite()
 
 
+def test_tables_are_made_on_the_default_device():
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        tables = Tables(torch.rand(4, device="cpu"), {"ldam_weight": None})
+    assert tables.margins.device.type == tables.ldam_weight.device.type == "cuda"
+    assert tables._built["margins"].device.type == "cpu"
+
+
 @pytest.mark.skipif(INTERPRETED, reason="about transformers, in the process of the other tests")
 @pytest.mark.parametrize("weight", [None, WEIGHT])
 def test_from_pretrained_of_transformers(weight, tmp_path):
@@ -278,3 +287,14 @@ def test_a_model_that_holds_the_loss_is_scripted_without_it(kind):
     file.seek(0)
     assert torch.equal(torch.jit.load(file)(x), model(x))
     assert torch.equal(torch.jit.trace(model, x)(x), model(x))
+
+
+class Step(Model):
+    def forward(self, x, y):
+        return self.criterion(self.linear(x), y)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_step_that_calls_the_loss_is_not_scripted():
+    with pytest.raises((AssertionError, OSError, RuntimeError), match="Sequence"):  # the type of `normalizer`
+        torch.jit.script(Step(LMFLoss(COUNTS)))
