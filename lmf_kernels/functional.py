@@ -55,7 +55,8 @@ def lmf_loss(
 
     Args:
         input: unnormalised logits, (C,), (N, C) or (N, C, d1, ..., dk), float16, bfloat16, float32 or float64, of any
-            strides; only dimensions d1..dk that do not collapse into one stride are copied first. Never overwritten.
+            strides; only dimensions d1..dk that do not collapse into one stride are copied first. Never overwritten. A
+            single class, whose loss is always 0, warns once.
         target: class indices, (), (N,) or (N, d1, ..., dk), int64 (uint8 is converted by one more kernel launch).
         margins: (C,), the margin of each class, may be negative; None is zeros. See `ldam_margins`.
         alpha: weight of the LDAM term, finite, >= 0.

@@ -25,8 +25,8 @@ CHECK
 kernels=(edges layouts reductions ops pairwise precision backward errors properties)
 files() { printf 'tests/test_%s.py ' "$@"; }
 # CPU kernels, and what is in front of them.
-pytest $(files edges layouts reductions ops pairwise precision backward errors modules margins recipes reference oracle \
-    properties threads import fuzz linear compile)
+pytest $(files edges layouts reductions ops pairwise precision backward errors messages modules margins counts state \
+    recipes reference oracle properties threads import fuzz linear compile)
 # Triton: launches, the compiler, the emulator and the interpreter.
 pytest $(files triton_launch triton_compiles)
 pytest $(files triton_emulated) -k "reductions_of_many or terms_and_precision or test_float64 or registered_op"
