@@ -3,12 +3,13 @@
 import math
 import numbers
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ._checks import as_float, check_dense, check_memory
+from ._hints import target_hint, warn_of_one_class
 from ._ops import BACKENDS, check_labels, fused_loss, select_backend
 from .class_parallel import ClassGroup, ClassShares, is_dtensor, local_logits, sharded_loss, shares_of
 from .reference import MEAN, NONE, SUM, reference_loss
@@ -19,6 +20,7 @@ _TINY = torch.finfo(torch.float32).tiny
 _TENSORS = ("input", "target", "margins", "ldam_weight", "focal_weight", "normalizer", "normalizer")
 
 Normalizer = float | Tensor | Sequence[float | Tensor]
+Reduction = Literal["none", "mean", "sum"]
 
 
 def lmf_loss(
@@ -34,7 +36,7 @@ def lmf_loss(
     ldam_weight: Tensor | None = None,
     focal_weight: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: Normalizer | None = None,
     backend: str = "auto",
     class_group: ClassGroup | None = None,
@@ -53,7 +55,8 @@ def lmf_loss(
 
     Args:
         input: unnormalised logits, (C,), (N, C) or (N, C, d1, ..., dk), float16, bfloat16, float32 or float64, of any
-            strides; only dimensions d1..dk that do not collapse into one stride are copied first. Never overwritten.
+            strides; only dimensions d1..dk that do not collapse into one stride are copied first. Never overwritten. A
+            single class, whose loss is always 0, warns once.
         target: class indices, (), (N,) or (N, d1, ..., dk), int64 (uint8 is converted by one more kernel launch).
         margins: (C,), the margin of each class, may be negative; None is zeros. See `ldam_margins`.
         alpha: weight of the LDAM term, finite, >= 0.
@@ -208,13 +211,14 @@ def _as_tensor(n: float | Tensor, device: torch.device) -> Tensor:
     return n if isinstance(n, Tensor) else torch.full((), n, dtype=torch.float64, device=device)
 
 
-def check_target(target: Tensor) -> Tensor:
-    """The target as int64."""
+def check_target(target: Tensor, input: Tensor, linear_weight: Tensor | None = None) -> Tensor:
+    """The target as int64; `input` are logits, or features where there is a linear_weight."""
     check_dense("target", target)
     if target.dtype == torch.int64:
         return target
     if target.dtype != torch.uint8:
-        _refuse_target_dtype(target.dtype)
+        logits = input.shape if linear_weight is None else (*input.shape[:-1], len(linear_weight))
+        raise TypeError(f"target must be int64 class indices, got {target.dtype}{target_hint(target, logits)}")
     check_memory("target", target)
     return target.long()
 
@@ -229,17 +233,20 @@ def check_floating(name: str, tensor: Tensor) -> None:
 def _check_input_and_target(input: Tensor, target: Tensor, sharded: bool = False) -> tuple[Tensor, Tensor]:
     """The checked logits (N, C, ...) and target (N, ...), int64; a share of the classes may be empty."""
     check_floating("input", input)
-    target = check_target(target)
+    shape = input.shape
+    target = check_target(target, input)
     if input.dim() == 0:
         raise ValueError("input must have shape (C,), (N, C) or (N, C, d1, ..., dk), got a 0-dim tensor")
-    shape = input.shape
     batched = len(shape) > 1
-    if shape[batched] == 0 and not sharded:
-        raise ValueError(f"input must have at least one class, got shape {tuple(shape)}")
+    if shape[batched] < 2 and not sharded:
+        if shape[batched] == 0:
+            raise ValueError(f"input must have at least one class, got shape {tuple(shape)}")
+        warn_of_one_class()
     target_shape = shape[:1] + shape[2:] if batched else shape[:0]
     if target.shape != target_shape:
         raise ValueError(
             f"target must have shape {tuple(target_shape)} for input of shape {tuple(shape)}, got {tuple(target.shape)}"
+            f"{target_hint(target, shape)}"
         )
     if target.device != input.device:
         raise RuntimeError(f"target must be on input's device {input.device}, got {target.device}")
@@ -248,14 +255,6 @@ def _check_input_and_target(input: Tensor, target: Tensor, sharded: bool = False
     check_memory("input", input)
     check_memory("target", target)
     return input.unsqueeze(0), target.unsqueeze(0)
-
-
-def _refuse_target_dtype(dtype: torch.dtype) -> NoReturn:
-    if dtype.is_floating_point:
-        raise TypeError(
-            f"target must be int64 class indices, got {dtype}: class probabilities (soft labels) are not supported"
-        )
-    raise TypeError(f"target must be int64 class indices, got {dtype}: convert it with target.long()")
 
 
 def check_table(

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._hints import target_hint, warn_of_one_class
 from ._ops import select_backend
 from .class_parallel import ClassGroup, shares_of
 from .functional import (
     Normalizer,
+    Reduction,
     check_floating,
     check_normalizer,
     check_options,
@@ -38,7 +40,7 @@ def linear_lmf_loss(
     ldam_weight: Tensor | None = None,
     focal_weight: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: Normalizer | None = None,
     backend: str = "auto",
     memory_budget: int | None = None,
@@ -85,8 +87,7 @@ def linear_lmf_loss(
         >>> loss.backward()
     """
     code = check_options(alpha, beta, gamma, s, ignore_index, reduction, backend)
-    target = check_target(target)
-    _check_linear(input, linear_weight, linear_bias, target, class_group is not None)
+    target = _check_linear(input, linear_weight, linear_bias, target, class_group is not None)
     device, num_classes = input.device, linear_weight.shape[0]
     shares = None if class_group is None else shares_of(class_group, num_classes, device)
     ldam_weight, focal_weight = check_tables(margins, weight, ldam_weight, focal_weight, num_classes, device, shares)
@@ -127,7 +128,8 @@ def linear_lmf_loss(
 
 def _check_linear(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, sharded: bool
-) -> None:
+) -> Tensor:
+    """The checked target, int64."""
     named = {"input": input, "linear_weight": linear_weight}
     if linear_bias is not None:
         named["linear_bias"] = linear_bias
@@ -142,17 +144,21 @@ def _check_linear(
             f"linear_weight must have shape (C, {input.shape[-1]}) for input of shape {tuple(input.shape)}, "
             f"got {tuple(linear_weight.shape)}"
         )
-    if linear_weight.shape[0] == 0 and not sharded:
-        raise ValueError("linear_weight must have at least one class, got shape " + str(tuple(linear_weight.shape)))
+    if linear_weight.shape[0] < 2 and not sharded:
+        if linear_weight.shape[0] == 0:
+            raise ValueError("linear_weight must have at least one class, got shape " + str(tuple(linear_weight.shape)))
+        warn_of_one_class()
     if linear_bias is not None and linear_bias.shape != linear_weight.shape[:1]:
         raise ValueError(
             f"linear_bias must have shape ({linear_weight.shape[0]},), one value a class, "
             f"got {tuple(linear_bias.shape)}"
         )
+    target = check_target(target, input, linear_weight)
     if target.shape != input.shape[:-1]:
         raise ValueError(
             f"target must have shape {tuple(input.shape[:-1])} for input of shape {tuple(input.shape)}, "
-            f"got {tuple(target.shape)}"
+            f"got {tuple(target.shape)}{target_hint(target, (*input.shape[:-1], linear_weight.shape[0]))}"
         )
     if target.device != input.device:
         raise RuntimeError(f"target must be on input's device {input.device}, got {target.device}")
+    return target

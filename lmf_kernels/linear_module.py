@@ -1,14 +1,16 @@
 """`LinearLMFLoss`: a linear classifier and its loss in one module, without the logits in memory."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._hints import device_misfit
 from .class_parallel import ClassGroup, ClassShares
-from .functional import Normalizer
+from .counts import ClassCounts
+from .functional import Normalizer, Reduction
 from .linear import linear_lmf_loss
 from .modules import LMFLoss
 
@@ -25,10 +27,11 @@ class LinearLMFLoss(LMFLoss):
 
     Args:
         in_features: D, the length of a feature vector.
-        cls_num_list: training samples per class, each >= 1, length C; see `class_counts`.
+        cls_num_list: training samples per class, each >= 1, length C; as `LMFLoss`.
         bias: whether the classifier has a bias; the published cosine classifiers have none.
         normalize: cosine classifier, which s = 30 is meant for.
-        alpha, beta, gamma, max_m, s, weight, ldam_weight, focal_weight, ignore_index, reduction, backend: as `LMFLoss`.
+        alpha, beta, gamma, max_m, s, weight, ldam_weight, focal_weight, ignore_index, reduction, backend, min_count: as
+            `LMFLoss`.
         memory_budget: bytes for a chunk of logits and its temporaries; None is the default of `linear_lmf_loss`.
         class_group: a process group over whose ranks the classes are spread as DTensor's Shard and torch.chunk do:
             `linear` then holds this rank's rows only, drawn differently on every rank. `ClassShares` place them
@@ -37,7 +40,8 @@ class LinearLMFLoss(LMFLoss):
 
     Attributes:
         linear: the classifier, an `nn.Linear` (as in torch's nn.LinearCrossEntropyLoss).
-        margins, ldam_weight, focal_weight: buffers as in `LMFLoss`; `set_weight` changes the weights in place.
+        margins, ldam_weight, focal_weight: buffers as in `LMFLoss`, in state_dict too; `set_weight` changes the weights
+            in place.
 
     Shape:
         input: features (N, D) or (D,).
@@ -56,7 +60,7 @@ class LinearLMFLoss(LMFLoss):
     def __init__(
         self,
         in_features: int,
-        cls_num_list: Sequence[int] | Tensor,
+        cls_num_list: ClassCounts,
         *,
         bias: bool = True,
         normalize: bool = False,
@@ -69,10 +73,11 @@ class LinearLMFLoss(LMFLoss):
         ldam_weight: Tensor | None = None,
         focal_weight: Tensor | None = None,
         ignore_index: int = -100,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         backend: str = "auto",
         memory_budget: int | None = None,
         class_group: ClassGroup | None = None,
+        min_count: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -90,41 +95,62 @@ class LinearLMFLoss(LMFLoss):
             reduction=reduction,
             backend=backend,
             class_group=class_group,
+            min_count=min_count,
         )
         self.to(device)
         self.normalize = normalize
         self.memory_budget = memory_budget
+        assert self.margins is not None
+        num_classes = len(self.margins)
         if class_group is None:
-            self.linear = nn.Linear(in_features, len(cls_num_list), bias, device=device, dtype=dtype)
+            self.linear = nn.Linear(in_features, num_classes, bias, device=device, dtype=dtype)
             return
-        shares = (
-            class_group if isinstance(class_group, ClassShares) else ClassShares.even(class_group, len(cls_num_list))
-        )
+        shares = class_group if isinstance(class_group, ClassShares) else ClassShares.even(class_group, num_classes)
         self.class_group = shares
         with _own_random_numbers(shares, device):
             self.linear = nn.Linear(in_features, shares.local, bias, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, target: Tensor, normalizer: Normalizer | None = None) -> Tensor:
         """The loss of features `input` (N, D) and labels `target` (N,); see `linear_lmf_loss`."""
-        return linear_lmf_loss(
-            input,
-            self.linear.weight,
-            target,
-            linear_bias=self.linear.bias,
-            normalize=self.normalize,
-            margins=self.margins,
-            alpha=self.alpha,
-            beta=self.beta,
-            gamma=self.gamma,
-            s=self.s,
-            ldam_weight=self.ldam_weight,
-            focal_weight=self.focal_weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            normalizer=normalizer,
-            backend=self.backend,
-            memory_budget=self.memory_budget,
-            class_group=self.class_group,
+        try:
+            return linear_lmf_loss(
+                input,
+                self.linear.weight,
+                target,
+                linear_bias=self.linear.bias,
+                normalize=self.normalize,
+                margins=self.margins,
+                alpha=self.alpha,
+                beta=self.beta,
+                gamma=self.gamma,
+                s=self.s,
+                ldam_weight=self.ldam_weight,
+                focal_weight=self.focal_weight,
+                ignore_index=self.ignore_index,
+                reduction=self.reduction,
+                normalizer=normalizer,
+                backend=self.backend,
+                memory_budget=self.memory_budget,
+                class_group=self.class_group,
+            )
+        except (ValueError, RuntimeError) as error:
+            misfit = self._misfit(input)
+            if type(misfit) is not type(error):
+                raise
+            raise misfit from None
+
+    def _misfit(self, input: Tensor) -> Exception | None:
+        """How features do not fit this head, in the words of its constructor."""
+        weight, name = self.linear.weight, type(self).__name__
+        if type(input) not in (Tensor, nn.Parameter) or input.dim() not in (1, 2):
+            return None
+        tables = {key: table for key, table in self._buffers.items() if table is not None}
+        moved = device_misfit(name, {"linear.weight": weight, **tables}, input)
+        if moved is not None or input.shape[-1] == weight.shape[1]:
+            return moved
+        return ValueError(
+            f"{name} was built for in_features={weight.shape[1]}, input of shape {tuple(input.shape)} has "
+            f"{input.shape[-1]}"
         )
 
     def logits(self, input: Tensor) -> Tensor:

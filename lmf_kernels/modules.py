@@ -1,49 +1,42 @@
 """`LMFLoss`, `LDAMLoss` and `FocalLoss`: modules over `lmf_loss`."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from ._checks import check_dense, check_memory
+from ._hints import module_misfit
 from .class_parallel import ClassGroup, ClassShares, explained
-from .functional import Normalizer, check_options, check_table, lmf_loss
-from .margins import check_max_m, checked_counts, ldam_margins, margins_from_rarest
+from .counts import ClassCounts, check_counts, read_counts
+from .functional import Normalizer, Reduction, check_options, check_table, lmf_loss
+from .margins import check_max_m, ldam_margins, margins_from_rarest
+from .tables import Tables
 
 
-class _Loss(nn.Module):
-    """What the three losses share: options as attributes, margins and class weights as buffers."""
-
-    margins: Tensor | None
-    ldam_weight: Tensor | None
-    focal_weight: Tensor | None
+class _Loss(Tables):
+    """What the three losses share: options as attributes, and the call."""
 
     def __init__(
         self,
         *,
         margins: Tensor | None,
-        ldam_weight: Tensor | None,
-        focal_weight: Tensor | None,
+        weights: dict[str, Tensor | None],
         alpha: float,
         beta: float,
         gamma: float,
         s: float,
         ignore_index: int,
-        reduction: str,
+        reduction: Reduction,
         backend: str,
         class_group: ClassGroup | None,
     ) -> None:
-        super().__init__()
+        super().__init__(margins, weights)
         check_options(alpha, beta, gamma, s, ignore_index, reduction, backend)
-        self.register_buffer("margins", margins)
-        self.register_buffer("ldam_weight", ldam_weight)
-        self.register_buffer("focal_weight", focal_weight)
         self.alpha = alpha
         self.beta = beta
         self.gamma = gamma
         self.s = s
         self.ignore_index = ignore_index
-        self.reduction = reduction
+        self.reduction: Reduction = reduction
         self.backend = backend
         self.class_group = class_group
 
@@ -54,51 +47,39 @@ class _Loss(nn.Module):
             self.class_group = group = ClassShares(group, num_local, device)
         return group
 
+    @torch.jit.unused  # so that torch.jit.script takes a model that holds the loss and leaves it out
     def forward(self, input: Tensor, target: Tensor, normalizer: Normalizer | None = None) -> Tensor:
         """The loss of logits `input` (N, C, ...) and labels `target` (N, ...); see `lmf_loss`."""
         buffers = self._buffers  # three times quicker than the attributes, which matters for small batches
-        return lmf_loss(
-            input,
-            target,
-            margins=buffers["margins"],
-            alpha=self.alpha,
-            beta=self.beta,
-            gamma=self.gamma,
-            s=self.s,
-            ldam_weight=buffers["ldam_weight"],
-            focal_weight=buffers["focal_weight"],
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            normalizer=normalizer,
-            backend=self.backend,
-            class_group=self.class_group and self._shares(input.shape[input.dim() > 1], input.device),
-        )
+        try:
+            return lmf_loss(
+                input,
+                target,
+                margins=buffers["margins"],
+                alpha=self.alpha,
+                beta=self.beta,
+                gamma=self.gamma,
+                s=self.s,
+                ldam_weight=buffers["ldam_weight"],
+                focal_weight=buffers["focal_weight"],
+                ignore_index=self.ignore_index,
+                reduction=self.reduction,
+                normalizer=normalizer,
+                backend=self.backend,
+                class_group=self.class_group and self._shares(input.shape[input.dim() > 1], input.device),
+            )
+        except (ValueError, RuntimeError) as error:
+            misfit = self._misfit(input)
+            if type(misfit) is not type(error):
+                raise
+            raise misfit from None
 
-    @torch.no_grad()
-    def set_weight(self, weight: Tensor) -> None:
-        """Copies class weights, (C,), in place into every term's weights.
-
-        In place, so that a schedule (`DeferredReweighting`) needs no recompilation under torch.compile and no new
-        capture of a CUDA graph.
-
-        Raises:
-            RuntimeError: the loss was built without class weights (FocalLoss alone, which does not know C), or the
-                weights are on the meta device.
-            TypeError, ValueError: not a dense real tensor of shape (C,).
-        """
-        buffers = [buffer for buffer in (self.ldam_weight, self.focal_weight) if buffer is not None]
-        if not buffers:
-            raise RuntimeError("set_weight needs a loss built with weight=; start with weight=torch.ones(C)")
-        check_dense("weight", weight, "(C,)")
-        if weight.is_complex() or weight.is_quantized:
-            raise TypeError(f"weight must be real, got {weight.dtype}")
-        if weight.is_meta and not buffers[0].is_meta:
-            raise RuntimeError(f"weight must hold values for the loss on {buffers[0].device}, got one on meta")
-        if weight.shape != buffers[0].shape:
-            raise ValueError(f"weight must have shape {tuple(buffers[0].shape)}, got {tuple(weight.shape)}")
-        check_memory("weight", weight)
-        for buffer in buffers:
-            buffer.copy_(weight)
+    def _misfit(self, input: Tensor) -> Exception | None:
+        """How logits do not fit this loss, in the words of its constructor."""
+        if self.class_group is not None or type(input) not in (Tensor, nn.Parameter):
+            return None
+        built_from = "weight" if self.margins is None else "cls_num_list"
+        return module_misfit(type(self).__name__, built_from, self._buffers, input)
 
     def extra_repr(self) -> str:
         options = [f"alpha={self.alpha:g}", f"beta={self.beta:g}"]
@@ -128,7 +109,8 @@ class LMFLoss(_Loss):
     larger learning rate (docs/choosing.md). s = 1 is the paper's equation 2 to the letter.
 
     Args:
-        cls_num_list: training samples per class, each >= 1, length C; see `class_counts`.
+        cls_num_list: training samples per class, each >= 1, length C: a list, tuple, array or tensor, as `class_counts`
+            makes; or a dict, Counter or pandas Series, whose keys or index are the class indices 0..C-1, in any order.
         alpha: weight of the LDAM term, finite, >= 0.
         beta: weight of the focal term, finite, >= 0.
         gamma: focal exponent, finite, >= 0.
@@ -143,10 +125,13 @@ class LMFLoss(_Loss):
         class_group: the process group whose ranks hold the classes between them, or `ClassShares`; see `lmf_loss`.
             cls_num_list and the weights are those of all classes on every rank. With `ClassShares`, where building the
             loss exchanges the count of the rarest class, they may all be this rank's share instead, on every rank.
+        min_count: classes with fewer training samples, or none, count as this many, at least 1; None makes classes
+            without samples an error.
 
     Attributes:
         margins, ldam_weight, focal_weight: buffers of shape (C,), or of the share that was given; `set_weight` changes
-            the weights in place.
+            the weights in place. state_dict has what nn.CrossEntropyLoss's would: weights that were given or set, under
+            these names, and never margins, which follow from cls_num_list.
 
     Shape:
         input: logits (C,), (N, C) or (N, C, d1, ..., dk) in float16, bfloat16, float32 or float64.
@@ -155,8 +140,8 @@ class LMFLoss(_Loss):
         output: 0-dim, or the target's shape for 'none'; float32 (float64 for float64 input).
 
     Raises:
-        ValueError: a count below 1 (naming the class), an option out of range, `weight` with `ldam_weight` or
-            `focal_weight`, shapes that do not fit.
+        ValueError: a count below 1 (naming the class), keys or an index that are not 0..C-1, an option out of range,
+            `weight` with `ldam_weight` or `focal_weight`, shapes that do not fit.
         TypeError: wrong dtypes.
 
     Source: arXiv 2212.12741 (LMF), arXiv 1906.07413 (LDAM), arXiv 1708.02002 (focal loss).
@@ -169,7 +154,7 @@ class LMFLoss(_Loss):
 
     def __init__(
         self,
-        cls_num_list: Sequence[int] | Tensor,
+        cls_num_list: ClassCounts,
         *,
         alpha: float = 1.0,
         beta: float = 1.0,
@@ -180,11 +165,12 @@ class LMFLoss(_Loss):
         ldam_weight: Tensor | None = None,
         focal_weight: Tensor | None = None,
         ignore_index: int = -100,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         backend: str = "auto",
         class_group: ClassGroup | None = None,
+        min_count: float | None = None,
     ) -> None:
-        margins = _margins(cls_num_list, max_m, class_group)
+        margins = _margins(cls_num_list, max_m, class_group, min_count)
         if weight is not None:
             if ldam_weight is not None or focal_weight is not None:
                 raise ValueError(
@@ -194,8 +180,10 @@ class LMFLoss(_Loss):
             ldam_weight = focal_weight = weight
         super().__init__(
             margins=margins,
-            ldam_weight=_own_weights("ldam_weight", ldam_weight, len(margins)),
-            focal_weight=_own_weights("focal_weight", focal_weight, len(margins)),
+            weights={
+                "ldam_weight": _own_weights("ldam_weight", ldam_weight, len(margins)),
+                "focal_weight": _own_weights("focal_weight", focal_weight, len(margins)),
+            },
             alpha=alpha,
             beta=beta,
             gamma=gamma,
@@ -219,14 +207,14 @@ class LDAMLoss(_Loss):
     `set_weight` serves deferred re-weighting. s = 30 assumes a normalised (cosine) classifier.
 
     Args:
-        cls_num_list: training samples per class, each >= 1, length C.
+        cls_num_list: training samples per class, each >= 1, length C, in any form that `LMFLoss` takes.
         max_m: the margin of the rarest class, in units of logits.
         s: scale of the logits, finite, > 0.
         weight: (C,), class weights; None is ones.
         ignore_index: samples with this target have loss 0 and gradient 0 and are not counted.
         reduction: 'none', 'sum' or 'mean' (weighted mean, as in F.cross_entropy).
         backend: 'auto', 'triton', 'native' or 'reference'.
-        class_group: as in `LMFLoss`.
+        class_group, min_count: as in `LMFLoss`.
 
     Raises:
         ValueError, TypeError: as `LMFLoss`.
@@ -236,21 +224,21 @@ class LDAMLoss(_Loss):
 
     def __init__(
         self,
-        cls_num_list: Sequence[int] | Tensor,
+        cls_num_list: ClassCounts,
         *,
         max_m: float = 0.5,
         s: float = 30.0,
         weight: Tensor | None = None,
         ignore_index: int = -100,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         backend: str = "auto",
         class_group: ClassGroup | None = None,
+        min_count: float | None = None,
     ) -> None:
-        margins = _margins(cls_num_list, max_m, class_group)
+        margins = _margins(cls_num_list, max_m, class_group, min_count)
         super().__init__(
             margins=margins,
-            ldam_weight=_own_weights("weight", weight, len(margins)),
-            focal_weight=None,
+            weights={"ldam_weight": _own_weights("weight", weight, len(margins))},
             alpha=1.0,
             beta=0.0,
             gamma=0.0,
@@ -289,14 +277,13 @@ class FocalLoss(_Loss):
         gamma: float = 1.5,
         weight: Tensor | None = None,
         ignore_index: int = -100,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         backend: str = "auto",
         class_group: ClassGroup | None = None,
     ) -> None:
         super().__init__(
             margins=None,
-            ldam_weight=None,
-            focal_weight=None if weight is None else _own_weights("weight", weight, _num_classes(weight)),
+            weights={} if weight is None else {"focal_weight": _own_weights("weight", weight, _num_classes(weight))},
             alpha=0.0,
             beta=1.0,
             gamma=gamma,
@@ -308,24 +295,27 @@ class FocalLoss(_Loss):
         )
 
 
-def _margins(cls_num_list: Sequence[int] | Tensor, max_m: float, class_group: ClassGroup | None) -> Tensor:
+def _margins(
+    cls_num_list: ClassCounts, max_m: float, class_group: ClassGroup | None, min_count: float | None
+) -> Tensor:
     """The margins of all classes; or of this rank's, whose ranks then tell one another their rarest class."""
     if not isinstance(class_group, ClassShares):
-        return ldam_margins(cls_num_list, max_m)
+        return ldam_margins(cls_num_list, max_m, min_count=min_count)
     import torch.distributed as dist
 
     check_max_m(max_m)
+    counts = read_counts(cls_num_list)
     sizes = class_group.total, class_group.local
-    if len(cls_num_list) not in sizes:
+    if len(counts) not in sizes:
         raise ValueError(
             f"cls_num_list must hold the {sizes[0]} classes of all ranks or the {sizes[1]} of this one, "
-            f"got {len(cls_num_list)}"
+            f"got {len(counts)}"
         )
-    share = len(cls_num_list) != class_group.total
+    share = len(counts) != class_group.total
     empty = share and class_group.local == 0
-    counts = torch.empty(0, dtype=torch.float64) if empty else checked_counts(cls_num_list)
+    counts = counts if empty else check_counts(counts, min_count)
     rarest = float("inf") if empty else counts.min().item()
-    known = torch.tensor([rarest, share, not share], dtype=torch.float64, device=class_group.device)
+    known = torch.tensor([rarest, share, not share], dtype=torch.float64, device=class_group.device or "cpu")
     with explained("the exchange of the ranks' rarest classes", class_group.group):
         dist.all_reduce(known, dist.ReduceOp.MIN, group=class_group.group)
     known = known.cpu()
@@ -342,10 +332,10 @@ def _num_classes(weight: Tensor) -> int:
     return len(weight)
 
 
-def _own_weights(name: str, weight: Tensor | None, num_classes: int) -> Tensor:
+def _own_weights(name: str, weight: Tensor | None, num_classes: int) -> Tensor | None:
     """A private copy of the checked weights, so that set_weight() changes no tensor of the caller."""
     if weight is None:
-        return torch.ones(num_classes)
+        return None
     check_table(name, weight, num_classes)
     check_memory(name, weight)
     return weight.clone()

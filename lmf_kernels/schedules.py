@@ -1,11 +1,9 @@
 """`DeferredReweighting`: class weights that set in late in training."""
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
 from .class_parallel import ClassShares
+from .counts import ClassCounts
 from .margins import effective_number_weights
 from .modules import _Loss
 
@@ -24,12 +22,12 @@ class DeferredReweighting:
 
     Args:
         loss: `LMFLoss`, `LDAMLoss`, or a `FocalLoss` built with `weight=torch.ones(C)`. Weights that it was built with
-        are
-            replaced.
-        cls_num_list: training samples per class, each >= 1, length C; of all ranks' classes also where the loss holds
-            this rank's share.
+            are replaced.
+        cls_num_list: training samples per class, each >= 1, length C, as for `LMFLoss`; of all ranks' classes also
+            where the loss holds this rank's share.
         epoch: the first epoch with weights, counted from 0; 160 of 200 in LDAM-DRW.
         beta: in [0, 1); see `effective_number_weights`.
+        min_count: as in `LMFLoss`.
 
     Raises:
         TypeError: `loss` is something else, `epoch` is not an int, or a count is not a number.
@@ -46,12 +44,18 @@ class DeferredReweighting:
     """
 
     def __init__(
-        self, loss: _Loss, cls_num_list: Sequence[int] | Tensor, epoch: int = 160, beta: float = 0.9999
+        self,
+        loss: _Loss,
+        cls_num_list: ClassCounts,
+        epoch: int = 160,
+        beta: float = 0.9999,
+        *,
+        min_count: float | None = None,
     ) -> None:
         if not isinstance(loss, _Loss):
             raise TypeError(f"loss must be an LMFLoss, LDAMLoss or FocalLoss, got {type(loss).__name__}")
         _check_epoch(epoch)
-        weight = effective_number_weights(cls_num_list, beta)
+        weight = effective_number_weights(cls_num_list, beta, min_count=min_count)
         current = loss.focal_weight if loss.ldam_weight is None else loss.ldam_weight
         if current is None:
             raise ValueError("loss must be built with class weights: FocalLoss(weight=torch.ones(C))")

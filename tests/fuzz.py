@@ -268,8 +268,8 @@ def call_module(rng: random.Random) -> Call:
     arguments: Arguments = {} if kind is FocalLoss else {"cls_num_list": [rng.randint(1, 99) for _ in range(classes)]}
     names = {
         LMFLoss: ["cls_num_list", "alpha", "beta", "gamma", "max_m", "s", "weight", "ldam_weight", "focal_weight",
-                  "ignore_index", "reduction", "backend"],
-        LDAMLoss: ["cls_num_list", "max_m", "s", "weight", "ignore_index", "reduction", "backend"],
+                  "ignore_index", "reduction", "backend", "min_count"],
+        LDAMLoss: ["cls_num_list", "max_m", "s", "weight", "ignore_index", "reduction", "backend", "min_count"],
         FocalLoss: ["gamma", "weight", "ignore_index", "reduction", "backend"],
     }[kind]  # fmt: skip
     if rng.random() < 0.5:
@@ -287,11 +287,11 @@ def call_module(rng: random.Random) -> Call:
 def call_helper(rng: random.Random) -> Call:
     name = rng.choice(("class_counts", "ldam_margins", "effective_number_weights", "inverse_frequency_weights"))
     function = getattr(lmf_kernels, name)
-    arguments: Arguments = {"cls_num_list": rng.choice(([3, 2, 1], torch.tensor([5, 9]), torch.tensor([1.0, 2.0])))}
-    names = ["cls_num_list"]
+    arguments: Arguments = {"cls_num_list": rng.choice(([3, 2, 1], torch.tensor([5, 9]), {1: 2.0, 0: 3}))}
+    names = ["cls_num_list", "min_count"]
     if name == "class_counts":
         arguments = {"labels": rng.choice(([0, 1, 1], torch.tensor([0, 2, 2]))), "num_classes": 3}
-        names = ["labels", "num_classes"]
+        names = ["labels", "num_classes", "ignore_index"]
     elif name == "ldam_margins":
         names.append("max_m")
     elif name == "effective_number_weights":

@@ -29,8 +29,8 @@ CHECK
 )
 files() { printf 'tests/test_%s.py ' "$@"; }
 # CPU kernels, and what is in front of them.
-pytest $(files edges layouts reductions ops pairwise precision backward errors modules margins recipes reference oracle \
-    properties threads import fuzz linear compile)
+pytest $(files edges layouts reductions ops pairwise precision backward errors messages modules margins counts state \
+    recipes reference oracle properties threads import fuzz linear compile)
 # Triton: the compiler, launches down to the driver's call, the emulator, the interpreter, and `make gpu` on stubs.
 pytest -m slow $(files triton_compiles)
 pytest $(files triton_launch launcher gpu_report)
