@@ -7,7 +7,7 @@ rm -rf dist build/dist
 uv build --quiet
 ls -l dist
 uv venv --quiet build/dist/environment
-uv pip install --quiet --python build/dist/environment/bin/python dist/*.whl setuptools ninja
+uv pip install --quiet --python build/dist/environment/bin/python dist/*.whl torch==2.15.0 numpy setuptools ninja
 cd build/dist
 environment/bin/python -m lmf_kernels
 LMF_BUILD_CUDA=0 environment/bin/python -m lmf_kernels build
