@@ -42,7 +42,8 @@ $(STAMPS)/train $(STAMPS)/dev: $(STAMPS)/%: $(STAMPS)/python requirements-%.txt 
 	$(BIN)/python tools/install.py requirements-$*.txt
 	touch $@
 
-$(BUILD): $(STAMPS)/train $(SOURCES)
+# An environment that was there has a copy of the package, which goes out of date with any file of it.
+$(BUILD): $(STAMPS)/train $(SOURCES) $(if $(wildcard $(VENV)/made-for-lmf_kernels),,$(MODULES))
 	$(BIN)/python tools/install.py .
 	touch $@
 

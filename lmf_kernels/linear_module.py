@@ -134,10 +134,8 @@ class LinearLMFLoss(LMFLoss):
                 class_group=self.class_group,
             )
         except (ValueError, RuntimeError) as error:
-            misfit = self._misfit(input)
-            if type(misfit) is not type(error):
-                raise
-            raise misfit from None
+            self._explain(error, input)
+            raise
 
     def _misfit(self, input: Tensor) -> Exception | None:
         """How features do not fit this head, in the words of its constructor."""

@@ -69,10 +69,8 @@ class _Loss(Tables):
                 class_group=self.class_group and self._shares(input.shape[input.dim() > 1], input.device),
             )
         except (ValueError, RuntimeError) as error:
-            misfit = self._misfit(input)
-            if type(misfit) is not type(error):
-                raise
-            raise misfit from None
+            self._explain(error, input)
+            raise
 
     def _misfit(self, input: Tensor) -> Exception | None:
         """How logits do not fit this loss, in the words of its constructor."""

@@ -43,6 +43,16 @@ class Tables(nn.Module):
             else:
                 self.register_buffer(name, given)
 
+    def _misfit(self, input: Tensor) -> Exception | None:
+        """How an input does not fit this module, in the words of its constructor; None where it does."""
+        raise NotImplementedError
+
+    def _explain(self, error: Exception, input: Tensor) -> None:
+        """Raises in the constructor's words what a call ended with, if that is an error of the same kind."""
+        misfit = self._misfit(input)
+        if type(misfit) is type(error):
+            raise misfit from None
+
     @torch.no_grad()
     def set_weight(self, weight: Tensor) -> None:
         """Copies class weights, (C,), in place into every term's weights.
