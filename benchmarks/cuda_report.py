@@ -26,14 +26,14 @@ ODD_IMAGES = (  # a pixel count that is no multiple of 16 bytes, nor of two elem
 # What statistics are taken of: many classes, or pixels.
 SLICES = tuple(case for case in CASES if case.full[1] >= 1000 or case.full[1:] == (21, 512, 512))
 OPTIONS = (1.0, 1.0, 1.5, 30.0, -100, 1)
-SLICE_OPTIONS = (0, -100, 1.0, 1.0, 30.0)
+SLICE_OPTIONS = (0, *OPTIONS)
 
 
 def run(emulator: Emulator, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> tuple[Launch, Launch]:
     """Forward and backward of 'mean', with margins and both weights."""
     logits, target, table = problem(shape, dtype, layout)
-    loss, stats, denominators = emulator.forward(logits, target, table, table, table, None, None, *OPTIONS)
-    emulator.backward(loss, logits, target, stats, denominators, 1.0, 1.0, 30.0)
+    loss, saved, denominators = emulator.forward(logits, target, table, table, table, None, None, *OPTIONS)
+    emulator.backward(loss, logits, target, saved, denominators, *OPTIONS)
     forward, backward = emulator.launches
     return forward, backward
 
@@ -48,9 +48,9 @@ def kernels(case: Case, dtype: torch.dtype) -> list[tuple[str, int]]:
     form = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
     logits = torch.empty(case.full, dtype=dtype, memory_format=form)
     target = torch.empty((case.full[0], *case.full[2:]), dtype=torch.int64)
-    loss, stats, denominators = _ops._C.trace_cuda_forward(hold, MULTIPROCESSORS, logits, target, *[None] * 5, *OPTIONS)
-    _ops._C.trace_cuda_backward(hold, MULTIPROCESSORS, loss, logits, target, stats, denominators, 1.0, 1.0, 30.0)
-    _ops._C.trace_cuda_statistics(hold, MULTIPROCESSORS, logits, target, *SLICE_OPTIONS)
+    loss, saved, denominators = _ops._C.trace_cuda_forward(hold, MULTIPROCESSORS, logits, target, *[None] * 5, *OPTIONS)
+    _ops._C.trace_cuda_backward(hold, MULTIPROCESSORS, loss, logits, target, saved, denominators, *OPTIONS)
+    _ops._C.trace_cuda_sums(hold, MULTIPROCESSORS, logits, target, *SLICE_OPTIONS)
     return found
 
 
@@ -115,7 +115,7 @@ def slice_rows(cases: tuple[Case, ...], dtypes: tuple[torch.dtype, ...]) -> list
             *_, (kernel, blocks) = kernels(case, dtype)
             logits, target, _ = problem(case.small, dtype, case.layout)
             emulator = Emulator(multiprocessors=1, options={})
-            emulator.statistics(logits, target, *SLICE_OPTIONS)
+            emulator.sums(logits, target, *SLICE_OPTIONS)
             (launch,) = emulator.launches
             read, size = launch.stats.memory["logits"], logits.numel() * dtype.itemsize
             rows.append([

@@ -129,8 +129,8 @@ def kernels(case: Case, dtype: torch.dtype, s: float = 30.0) -> dict[str, Kernel
     try:
         with device_of(MULTIPROCESSORS):
             options = (1.0, 1.0, 1.5, s, -100, 1)
-            loss, stats, denominators = _triton.forward(logits, target, table, table, table, None, None, *options)
-            _triton.backward(loss, logits, target, stats, denominators, 1.0, 1.0, s)
+            loss, saved, denominators = _triton.forward(logits, target, table, table, table, None, None, *options)
+            _triton.backward(loss, logits, target, saved, denominators, *options)
     finally:
         _triton._launch = original
     return dict(zip(("forward", "backward"), found, strict=True))
@@ -204,10 +204,10 @@ TABLES = ("margins", "ldam_weight", "focal_weight")
 def traffic(case: Case, dtype: torch.dtype, s: float = 30.0, target: int = 90) -> dict[str, Traffic]:
     logits, labels, table = problem(case.small, dtype, case.layout)
     with device_of(1), emulate(target=target, bank_conflicts=True) as launches:
-        loss, stats, denominators = _triton.forward(
+        loss, saved, denominators = _triton.forward(
             logits, labels, table, table, table, None, None, 1.0, 1.0, 1.5, s, -100, 1
         )
-        _triton.backward(loss, logits, labels, stats, denominators, 1.0, 1.0, s)
+        _triton.backward(loss, logits, labels, saved, denominators, 1.0, 1.0, 1.5, s, -100, 1)
     assert len(launches) == 2
     return {
         launch.name.removesuffix("_kernel"): _count(launch, logits, labels.numel(), 1 if s == 1 else 2)
@@ -363,10 +363,10 @@ def host_times(batches: int = 200) -> dict[str, float]:
         torch.autograd.grad(lmf_loss(leaf, target, margins=table, weight=table, backend="triton"), leaf)
 
     with stub_driver():
-        loss, stats, denominators = forward(logits)
+        loss, saved, denominators = forward(logits)
 
         def backward(z: Tensor) -> Tensor:
-            return _triton.backward(loss, z, target, stats, denominators, 1.0, 1.0, 30.0)
+            return _triton.backward(loss, z, target, saved, denominators, 1.0, 1.0, 1.5, 30.0, -100, 1)
 
         return {
             "lmf_loss forward + backward, with autograd": timed(step),

@@ -90,7 +90,7 @@ void check_forward(const at::Tensor& logits, const at::Tensor& target, const Tab
 }
 
 void check_backward(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
-                    const at::Tensor& stats, const at::Tensor& denominators) {
+                    const at::Tensor& saved, const at::Tensor& denominators, int64_t reduction) {
   check_pair(logits, target);
   const auto acc = accumulation_type(logits);
   const auto check = [&](const char* name, const at::Tensor& t, bool fits) {
@@ -99,12 +99,13 @@ void check_backward(const at::Tensor& grad_output, const at::Tensor& logits, con
     TORCH_CHECK(t.device() == logits.device(), name, " must be on ", logits.device(), ", got ", t.device());
     check_memory(name, t);
   };
-  check("grad_output", grad_output, grad_output.dim() == 0 || grad_output.sizes() == target.sizes());
-  check("stats", stats,
-        stats.dim() == 2 && stats.size(0) == 5 && stats.size(1) == target.numel() && stats.is_contiguous());
-  check("denominators", denominators,
-        denominators.dim() == 1 && (denominators.size(0) == 0 || denominators.size(0) == 2) &&
-            denominators.is_contiguous());
+  check("grad_output", grad_output,
+        reduction == kNone ? grad_output.sizes() == target.sizes() : grad_output.dim() == 0);
+  check("saved", saved,
+        saved.dim() == 2 && saved.size(0) == 5 && saved.size(1) == target.numel() && saved.is_contiguous());
+  check(
+      "denominators", denominators,
+      denominators.dim() == 1 && denominators.size(0) == (reduction == kMean ? 2 : 0) && denominators.is_contiguous());
 }
 
 ForwardResult allocate_forward(const at::Tensor& logits, const at::Tensor& target, int64_t reduction) {
@@ -170,7 +171,7 @@ using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&
                                                                const OptionalTensor&, double, double, double, double,
                                                                int64_t, int64_t);
 using Backward = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                            const at::Tensor&, double, double, double);
+                            const at::Tensor&, double, double, double, double, int64_t, int64_t);
 
 template <typename Signature>
 struct Dispatched;
@@ -191,17 +192,17 @@ TORCH_LIBRARY(lmf_kernels, m) {
   m.def(
       "native_forward(Tensor logits, Tensor target, Tensor? margins, Tensor? ldam_weight, Tensor? focal_weight, "
       "Tensor? ldam_normalizer, Tensor? focal_normalizer, float alpha, float beta, float gamma, float s, "
-      "int ignore_index, int reduction) -> (Tensor loss, Tensor stats, Tensor denominators)");
+      "int ignore_index, int reduction) -> (Tensor loss, Tensor saved, Tensor denominators)");
   m.def(
-      "native_backward(Tensor grad_output, Tensor logits, Tensor target, Tensor stats, Tensor denominators, "
-      "float alpha, float beta, float s) -> Tensor");
+      "native_backward(Tensor grad_output, Tensor logits, Tensor target, Tensor saved, Tensor denominators, "
+      "float alpha, float beta, float gamma, float s, int ignore_index, int reduction) -> Tensor");
   // For logits that are the package's own chunks (lmf_kernels/linear.py).
   m.def(
-      "native_backward_(Tensor grad_output, Tensor(a!) logits, Tensor target, Tensor stats, Tensor denominators, "
-      "float alpha, float beta, float s) -> ()");
+      "native_backward_(Tensor grad_output, Tensor(a!) logits, Tensor target, Tensor saved, Tensor denominators, "
+      "float alpha, float beta, float gamma, float s, int ignore_index, int reduction) -> ()");
   m.def(
-      "native_statistics(Tensor logits, Tensor target, int first_class, int ignore_index, float alpha, float beta, "
-      "float s) -> Tensor");
+      "native_sums(Tensor logits, Tensor target, int first_class, "
+      "float alpha, float beta, float gamma, float s, int ignore_index, int reduction) -> Tensor");
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

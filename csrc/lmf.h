@@ -29,13 +29,13 @@ struct Layout {
 std::optional<Layout> layout_of(const at::Tensor& logits, const at::Tensor& grad);
 
 struct ForwardResult {
-  at::Tensor loss, stats, denominators;
+  at::Tensor loss, saved, denominators;
 };
 
 void check_pair(const at::Tensor& logits, const at::Tensor& target);
 void check_forward(const at::Tensor& logits, const at::Tensor& target, const Tables& tables, int64_t reduction);
 void check_backward(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
-                    const at::Tensor& stats, const at::Tensor& denominators);
+                    const at::Tensor& saved, const at::Tensor& denominators, int64_t reduction);
 ForwardResult allocate_forward(const at::Tensor& logits, const at::Tensor& target, int64_t reduction);
 at::ScalarType accumulation_type(const at::Tensor& logits);
 Element element_of(const at::Tensor& logits);

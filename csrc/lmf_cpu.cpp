@@ -123,7 +123,7 @@ static std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_cpu(
     *tables[i] = converted[i].const_data_ptr();
   }
   p.ignore_index = ignore_index;
-  p.stats = result.stats.mutable_data_ptr();
+  p.saved = result.saved.mutable_data_ptr();
   p.row_loss = reduction == kNone ? result.loss.mutable_data_ptr() : nullptr;
 
   const Blocks blocks(p.rows, p.classes);
@@ -154,14 +154,14 @@ static std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_cpu(
                  (alpha != 0 ? alpha * sum.ldam / ldam_denominator : 0) +
                      (beta != 0 ? beta * sum.focal / focal_denominator : 0));
   }
-  return {result.loss, result.stats, result.denominators};
+  return {result.loss, result.saved, result.denominators};
 }
 
 // `result` may be the logits themselves: a vector of them is read before its gradient is written, and never again.
 static void write_gradient(const at::Tensor& grad_output_in, const at::Tensor& logits_in, const at::Tensor& target_in,
-                           const at::Tensor& stats, const at::Tensor& denominators, double alpha, double beta, double s,
-                           const at::Tensor& result) {
-  check_backward(grad_output_in, logits_in, target_in, stats, denominators);
+                           const at::Tensor& saved, const at::Tensor& denominators, double alpha, double beta,
+                           double gamma, double s, int64_t ignore_index, int64_t reduction, const at::Tensor& result) {
+  check_backward(grad_output_in, logits_in, target_in, saved, denominators, reduction);
   auto layout = layout_of(logits_in, result);
   const bool copied = !layout;
   const at::Tensor logits = copied ? logits_in.contiguous() : logits_in;
@@ -173,8 +173,8 @@ static void write_gradient(const at::Tensor& grad_output_in, const at::Tensor& l
   const at::Tensor grad_output = expanded ? grad_output_in : grad_output_in.contiguous();
 
   BackwardArguments p{};
-  fill_problem(p, logits, target, *layout, alpha, beta, 0, s);
-  p.stats = stats.const_data_ptr();
+  fill_problem(p, logits, target, *layout, alpha, beta, gamma, s);
+  p.saved = saved.const_data_ptr();
   p.grad_output = grad_output.const_data_ptr();
   p.grad_output_stride = expanded ? 0 : 1;
   p.ldam_denominator = denominators.numel() ? read_scalar(denominators, 0) : 1;
@@ -192,33 +192,35 @@ static void write_gradient(const at::Tensor& grad_output_in, const at::Tensor& l
 }
 
 static at::Tensor backward_cpu(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
-                               const at::Tensor& stats, const at::Tensor& denominators, double alpha, double beta,
-                               double s) {
+                               const at::Tensor& saved, const at::Tensor& denominators, double alpha, double beta,
+                               double gamma, double s, int64_t ignore_index, int64_t reduction) {
   const at::Tensor result = at::empty_like(logits);
-  write_gradient(grad_output, logits, target, stats, denominators, alpha, beta, s, result);
+  write_gradient(grad_output, logits, target, saved, denominators, alpha, beta, gamma, s, ignore_index, reduction,
+                 result);
   return result;
 }
 
 static void backward_in_place_cpu(const at::Tensor& grad_output, at::Tensor& logits, const at::Tensor& target,
-                                  const at::Tensor& stats, const at::Tensor& denominators, double alpha, double beta,
-                                  double s) {
-  write_gradient(grad_output, logits, target, stats, denominators, alpha, beta, s, logits);
+                                  const at::Tensor& saved, const at::Tensor& denominators, double alpha, double beta,
+                                  double gamma, double s, int64_t ignore_index, int64_t reduction) {
+  write_gradient(grad_output, logits, target, saved, denominators, alpha, beta, gamma, s, ignore_index, reduction,
+                 logits);
 }
 
-static at::Tensor statistics_cpu(const at::Tensor& logits_in, const at::Tensor& target_in, int64_t first_class,
-                                 int64_t ignore_index, double alpha, double beta, double s) {
+static at::Tensor sums_cpu(const at::Tensor& logits_in, const at::Tensor& target_in, int64_t first_class, double alpha,
+                           double beta, double gamma, double s, int64_t ignore_index, int64_t reduction) {
   check_pair(logits_in, target_in);
   auto layout = layout_of(logits_in, logits_in);
   const at::Tensor logits = layout ? logits_in : logits_in.contiguous();
   if (!layout) layout = layout_of(logits, logits);
   const at::Tensor target = target_in.contiguous();
   const at::Tensor result = at::empty({4, target.numel()}, logits.options().dtype(accumulation_type(logits)));
-  StatisticsArguments p{};
-  fill_problem(p, logits, target, *layout, alpha, beta, 0, s);
+  SumsArguments p{};
+  fill_problem(p, logits, target, *layout, alpha, beta, gamma, s);
   p.first_class = first_class;
   p.ignore_index = ignore_index;
-  p.statistics = result.mutable_data_ptr();
-  const auto kernel = kernels().statistics[static_cast<int>(element_of(logits))];
+  p.sums = result.mutable_data_ptr();
+  const auto kernel = kernels().sums[static_cast<int>(element_of(logits))];
   Blocks(p.rows, p.classes).parallel(p.rows, p.classes, [&](int64_t, int64_t begin, int64_t end) {
     kernel(p, begin, end);
   });
@@ -231,5 +233,5 @@ TORCH_LIBRARY_IMPL(lmf_kernels, CPU, m) {
   m.impl("native_forward", &lmf::forward_cpu);
   m.impl("native_backward", &lmf::backward_cpu);
   m.impl("native_backward_", &lmf::backward_in_place_cpu);
-  m.impl("native_statistics", &lmf::statistics_cpu);
+  m.impl("native_sums", &lmf::sums_cpu);
 }

@@ -28,18 +28,18 @@ struct ForwardArguments : Problem {
   const void* ldam_weight;   // likewise
   const void* focal_weight;  // likewise
   int64_t ignore_index;
-  void* stats;     // (5, rows), accumulation type
+  void* saved;     // (5, rows), accumulation type
   void* row_loss;  // (rows), accumulation type; null unless reduction is none
 };
 
 // Statistics of rows over a slice of their classes; labels count from class 0 of the whole.
-struct StatisticsArguments : Problem {
+struct SumsArguments : Problem {
   int64_t first_class, ignore_index;
-  void* statistics;  // (4, rows), accumulation type: m, t1, t2, z_y; z_y = 0 where the target is not in the slice
+  void* sums;  // (4, rows), accumulation type: m, t1, t2, z_y; z_y = 0 where the target is not in the slice
 };
 
 struct BackwardArguments : Problem {
-  const void* stats;        // (5, rows)
+  const void* saved;        // (5, rows)
   const void* grad_output;  // accumulation type
   int64_t grad_output_stride;
   double ldam_denominator, focal_denominator;
@@ -61,7 +61,7 @@ struct Kernels {
   // Of rows [begin, end), with one partial sum for each rows_per_block of them.
   void (*forward[kElements])(const ForwardArguments&, int64_t begin, int64_t end, int64_t rows_per_block, Partial*);
   void (*backward[kElements])(const BackwardArguments&, int64_t begin, int64_t end);
-  void (*statistics[kElements])(const StatisticsArguments&, int64_t begin, int64_t end);
+  void (*sums[kElements])(const SumsArguments&, int64_t begin, int64_t end);
 };
 
 extern const Kernels kKernelsBaseline;

@@ -9,7 +9,7 @@ namespace LMF_ISA {
 // r1 c1 and r2 c2 of up to kTileRows rows (their sum in rc1 when there is one exponential), and -(r1 g1 + r2 g2).
 template <typename A>
 struct alignas(64) Coefficients {
-  A m[kTileRows], rc1[kTileRows], rc2[kTileRows], at_target[kTileRows];
+  A m[kTileRows], rc1[kTileRows], rc2[kTileRows], grad_y[kTileRows];
   A live[kTileRows];  // 0 where the row's gradient is a stored zero, whatever its logits hold
 };
 
@@ -22,18 +22,18 @@ void read_coefficients(const BackwardArguments& p, int64_t row, int64_t count, C
   V r1 = M::of(*grad_output / A(p.focal_denominator)), r2 = M::of(*grad_output / A(p.ldam_denominator));
   for (int64_t lane = 0; lane < count; lane += M::kLanes) {
     const auto read = [&](int k) {
-      return load_some(static_cast<const A*>(p.stats) + k * p.rows + row + lane, count - lane);
+      return load_some(static_cast<const A*>(p.saved) + k * p.rows + row + lane, count - lane);
     };
     // Reduction none, without denominators.
     if (p.grad_output_stride) r1 = r2 = load_some(grad_output + row + lane, count - lane);
     const V c1 = read(1), c2 = read(2);
     // A silent term contributes 0 even where its denominator is 0.
-    const V k1 = M::select(c1 == zero, zero, r1 * c1), k2 = M::select(c2 == zero, zero, r2 * c2);
+    const V rc1 = M::select(c1 == zero, zero, r1 * c1), rc2 = M::select(c2 == zero, zero, r2 * c2);
     const V g1 = M::select(c1 == zero, zero, r1 * read(3)), g2 = M::select(c2 == zero, zero, r2 * read(4));
     store(&c.m[lane], read(0));
-    store(&c.rc1[lane], both ? k1 : k1 + k2);
-    store(&c.rc2[lane], k2);
-    store(&c.at_target[lane], -(g1 + g2));
+    store(&c.rc1[lane], both ? rc1 : rc1 + rc2);
+    store(&c.rc2[lane], rc2);
+    store(&c.grad_y[lane], -(g1 + g2));
     store(&c.live[lane], M::select((c1 == zero) & (c2 == zero), zero, M::of(1)));
   }
 }
@@ -67,11 +67,11 @@ void class_gradients(const S* z, int64_t stride, G* grad, int64_t grad_stride, i
   for (int64_t lane = 0; lane < count; lane++) {
     const int64_t j = y[lane] - first;
     if (y[lane] == kIgnored || c.live[lane] == 0 || j < 0 || j >= classes) continue;
-    store_some(grad + j * grad_stride + lane, M::of(c.at_target[lane]), 1);
+    store_some(grad + j * grad_stride + lane, M::of(c.grad_y[lane]), 1);
   }
 }
 
-// The same for all of a few classes, as in compared_statistics. `streamed` stores pass the caches: with as many streams
+// The same for all of a few classes, as in compared_sums. `streamed` stores pass the caches: with as many streams
 // of writes as classes, fetching what is to be overwritten takes longer than the kernel.
 template <typename S, typename G, typename A, bool both>
 void compared_gradients(const S* z, int64_t stride, G* grad, int64_t grad_stride, int64_t classes, Scale<A> s,
@@ -81,11 +81,11 @@ void compared_gradients(const S* z, int64_t stride, G* grad, int64_t grad_stride
   using Mask = typename M::Mask;
   for (int64_t lane = 0; lane < count; lane += M::kLanes, z += M::kLanes, grad += M::kLanes) {
     const V m = load(&c.m[lane]), rc1 = load(&c.rc1[lane]), rc2 = load(&c.rc2[lane]);
-    const V at_target = load(&c.at_target[lane]);
+    const V grad_y = load(&c.grad_y[lane]);
     const Mask silent = load(&c.live[lane]) == M::of(0), target = M::load_labels(&y[lane]);
     for (int64_t j = 0; j < classes; j++) {
       const V competitor = competitor_gradient<M, both>(load(z + j * stride) - m, rc1, rc2, s);
-      const V value = M::select(target == Mask{} + int32_t(j), at_target, competitor);
+      const V value = M::select(target == Mask{} + int32_t(j), grad_y, competitor);
       const V result = M::select(silent, M::of(0), value);
       if (streamed) {
         stream(grad + j * grad_stride, result);
@@ -152,7 +152,7 @@ void row_gradient(const BackwardArguments& p, Scale<A> s, int64_t y, const T* z,
   if (whole < p.classes) store(grad + last, tail);
   // In no class here where the classes are a slice. Forward looked at the labels, but not necessarily at these: one
   // that was changed since then must not write elsewhere.
-  if (uint64_t(y) < uint64_t(p.classes)) store_some(grad + y, M::of(c.at_target[lane]), 1);
+  if (uint64_t(y) < uint64_t(p.classes)) store_some(grad + y, M::of(c.grad_y[lane]), 1);
 }
 
 template <typename T, typename A, bool both>

@@ -1,7 +1,7 @@
 // Eq. 2 to 7 on the CPU, some vectors of rows at a time, and the sums of their losses.
 #pragma once
 
-#include "lmf_cpu_statistics.h"
+#include "lmf_cpu_row_sums.h"
 #include "lmf_math.h"
 #include "simd_wide.h"
 
@@ -80,27 +80,26 @@ __attribute__((flatten)) void finish_rows(const ForwardArguments& p, const Optio
     };
     const auto m = load_wide(&rows.m[first]);
     const auto anchor = W::select(m == W::of(-infinity<A>()), zero, m);
-    const Statistics<W> statistics = {anchor, load_wide(&rows.t1[first]), load_wide(&rows.t2[first]),
-                                      load_wide(&rows.z_y[first])};
-    const Gap<W> gap(statistics, ignored);
+    const RowSums<W> whole = {anchor, load_wide(&rows.t1[first]), load_wide(&rows.t2[first]), load_wide(&rows.z_y[first])};
+    const Gap<W> gap(whole, ignored);
     Term<W> focal = {zero, zero, zero}, ldam = focal;
     if (o.beta != 0) {
-      focal = focal_term<W>(gap, statistics.t1, look_up(tables.focal_weight), o);
+      focal = focal_term<W>(gap, whole.t1, look_up(tables.focal_weight), o);
       accumulate(sums.focal, sum_parts(focal.loss));
     }
     if (o.alpha != 0) {
       const auto w_ldam = look_up(tables.ldam_weight);
-      ldam = ldam_term<W>(gap, statistics.t2, look_up(tables.margins), w_ldam, o);
+      ldam = ldam_term<W>(gap, whole.t2, look_up(tables.margins), w_ldam, o);
       accumulate(sums.ldam, sum_parts(ldam.loss));
       accumulate(sums.weight, sum_parts(W::select(ignored, zero, w_ldam)));
     }
     const int64_t left = count - first;
-    A* const stats = static_cast<A*>(p.stats) + row + first;
-    store_wide(stats, anchor, left);
-    store_wide(stats + p.rows, focal.c, left);
-    store_wide(stats + 2 * p.rows, ldam.c, left);
-    store_wide(stats + 3 * p.rows, focal.g, left);
-    store_wide(stats + 4 * p.rows, ldam.g, left);
+    A* const saved = static_cast<A*>(p.saved) + row + first;
+    store_wide(saved, anchor, left);
+    store_wide(saved + p.rows, focal.c, left);
+    store_wide(saved + 2 * p.rows, ldam.c, left);
+    store_wide(saved + 3 * p.rows, focal.g, left);
+    store_wide(saved + 4 * p.rows, ldam.g, left);
     if (p.row_loss) {
       store_wide(static_cast<A*>(p.row_loss) + row + first, o.alpha * ldam.loss + o.beta * focal.loss, left);
     }
@@ -143,10 +142,10 @@ void forward_rows(const ForwardArguments& p, Scale<A> scale, int64_t begin, int6
       if (row_walk) {
         for (int64_t lane = 0; lane < count; lane++) {
           if (rows.y[lane] == kIgnored) continue;
-          row_statistics<T, A, both>(p, scale, z + lane * p.strides.inner, lane, rows);
+          row_sums<T, A, both>(p, scale, z + lane * p.strides.inner, lane, rows);
         }
       } else {
-        tile_statistics<T, A, both>(p, scale, z, count, staged, rows);
+        tile_sums<T, A, both>(p, scale, z, count, staged, rows);
       }
       finish_rows(p, options, tables, row, count, rows, sums);
     }

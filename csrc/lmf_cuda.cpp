@@ -92,28 +92,28 @@ static std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_cuda(
     if (call.needs_counter()) call.params.counter = counters_of(logits.device().index()).take(stream);
     C10_CUDA_CHECK(launch_forward(call.launch, call.params, stream));
   }
-  return {call.result.loss, call.result.stats, call.result.denominators};
+  return {call.result.loss, call.result.saved, call.result.denominators};
 }
 
-static at::Tensor statistics_cuda(const at::Tensor& logits, const at::Tensor& target, int64_t first_class,
-                                  int64_t ignore_index, double alpha, double beta, double s) {
+static at::Tensor sums_cuda(const at::Tensor& logits, const at::Tensor& target, int64_t first_class, double alpha,
+                            double beta, double gamma, double s, int64_t ignore_index, int64_t reduction) {
   check_pair(logits, target);
   const c10::cuda::CUDAGuard guard(logits.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  StatisticsCall call(logits, target, first_class, ignore_index, alpha, beta, s, multiprocessors(logits));
+  SumsCall call(logits, target, first_class, ignore_index, alpha, beta, s, multiprocessors(logits));
   if (call.needed()) {
     if (call.needs_counter()) call.params.counter = counters_of(logits.device().index()).take(stream);
-    C10_CUDA_CHECK(launch_statistics(call.launch, call.params, stream));
+    C10_CUDA_CHECK(launch_sums(call.launch, call.params, stream));
   }
   return call.result;
 }
 
 static void write_gradient(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
-                           const at::Tensor& stats, const at::Tensor& denominators, double alpha, double beta, double s,
-                           const at::Tensor& result) {
-  check_backward(grad_output, logits, target, stats, denominators);
+                           const at::Tensor& saved, const at::Tensor& denominators, double alpha, double beta,
+                           double gamma, double s, int64_t ignore_index, int64_t reduction, const at::Tensor& result) {
+  check_backward(grad_output, logits, target, saved, denominators, reduction);
   const c10::cuda::CUDAGuard guard(logits.device());
-  BackwardCall call(grad_output, logits, target, stats, denominators, alpha, beta, s, result, multiprocessors(logits));
+  BackwardCall call(grad_output, logits, target, saved, denominators, alpha, beta, s, result, multiprocessors(logits));
   if (call.needed()) {
     C10_CUDA_CHECK(launch_backward(call.launch, call.params, c10::cuda::getCurrentCUDAStream()));
   }
@@ -121,17 +121,19 @@ static void write_gradient(const at::Tensor& grad_output, const at::Tensor& logi
 }
 
 static at::Tensor backward_cuda(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
-                                const at::Tensor& stats, const at::Tensor& denominators, double alpha, double beta,
-                                double s) {
+                                const at::Tensor& saved, const at::Tensor& denominators, double alpha, double beta,
+                                double gamma, double s, int64_t ignore_index, int64_t reduction) {
   const at::Tensor result = at::empty_like(logits);
-  write_gradient(grad_output, logits, target, stats, denominators, alpha, beta, s, result);
+  write_gradient(grad_output, logits, target, saved, denominators, alpha, beta, gamma, s, ignore_index, reduction,
+                 result);
   return result;
 }
 
 static void backward_in_place_cuda(const at::Tensor& grad_output, at::Tensor& logits, const at::Tensor& target,
-                                   const at::Tensor& stats, const at::Tensor& denominators, double alpha, double beta,
-                                   double s) {
-  write_gradient(grad_output, logits, target, stats, denominators, alpha, beta, s, logits);
+                                   const at::Tensor& saved, const at::Tensor& denominators, double alpha, double beta,
+                                   double gamma, double s, int64_t ignore_index, int64_t reduction) {
+  write_gradient(grad_output, logits, target, saved, denominators, alpha, beta, gamma, s, ignore_index, reduction,
+                 logits);
 }
 
 // ---- the same calls without a GPU -----------------------------------------------------------------------------------
@@ -165,47 +167,51 @@ static std::tuple<at::Tensor, at::Tensor, at::Tensor> trace_forward(
   check_forward(logits, target, tables, reduction);
   ForwardCall call(logits, target, tables, {alpha, beta, gamma, s}, ignore_index, reduction, multiprocessors);
   if (call.needed()) report(on_launch, "forward", call.launch, call.params, call.tensors());
-  return {call.result.loss, call.result.stats, call.result.denominators};
+  return {call.result.loss, call.result.saved, call.result.denominators};
 }
 
-static at::Tensor trace_statistics(const OnLaunch& on_launch, int multiprocessors, const at::Tensor& logits,
-                                   const at::Tensor& target, int64_t first_class, int64_t ignore_index, double alpha,
-                                   double beta, double s) {
+static at::Tensor trace_sums(const OnLaunch& on_launch, int multiprocessors, const at::Tensor& logits,
+                             const at::Tensor& target, int64_t first_class, double alpha, double beta, double gamma,
+                             double s, int64_t ignore_index, int64_t reduction) {
   check_pair(logits, target);
-  StatisticsCall call(logits, target, first_class, ignore_index, alpha, beta, s, multiprocessors);
-  if (call.needed()) report(on_launch, "statistics", call.launch, call.params, call.tensors());
+  SumsCall call(logits, target, first_class, ignore_index, alpha, beta, s, multiprocessors);
+  if (call.needed()) report(on_launch, "sums", call.launch, call.params, call.tensors());
   return call.result;
 }
 
 static void trace_gradient(const OnLaunch& on_launch, int multiprocessors, const at::Tensor& grad_output,
-                           const at::Tensor& logits, const at::Tensor& target, const at::Tensor& stats,
-                           const at::Tensor& denominators, double alpha, double beta, double s,
-                           const at::Tensor& result) {
-  check_backward(grad_output, logits, target, stats, denominators);
-  BackwardCall call(grad_output, logits, target, stats, denominators, alpha, beta, s, result, multiprocessors);
+                           const at::Tensor& logits, const at::Tensor& target, const at::Tensor& saved,
+                           const at::Tensor& denominators, double alpha, double beta, double gamma, double s,
+                           int64_t ignore_index, int64_t reduction, const at::Tensor& result) {
+  check_backward(grad_output, logits, target, saved, denominators, reduction);
+  BackwardCall call(grad_output, logits, target, saved, denominators, alpha, beta, s, result, multiprocessors);
   if (call.needed()) report(on_launch, "backward", call.launch, call.params, call.tensors());
   call.finish();
 }
 
 static at::Tensor trace_backward(const OnLaunch& on_launch, int multiprocessors, const at::Tensor& grad_output,
-                                 const at::Tensor& logits, const at::Tensor& target, const at::Tensor& stats,
-                                 const at::Tensor& denominators, double alpha, double beta, double s) {
+                                 const at::Tensor& logits, const at::Tensor& target, const at::Tensor& saved,
+                                 const at::Tensor& denominators, double alpha, double beta, double gamma, double s,
+                                 int64_t ignore_index, int64_t reduction) {
   const at::Tensor result = at::empty_like(logits);
-  trace_gradient(on_launch, multiprocessors, grad_output, logits, target, stats, denominators, alpha, beta, s, result);
+  trace_gradient(on_launch, multiprocessors, grad_output, logits, target, saved, denominators, alpha, beta, gamma, s,
+                 ignore_index, reduction, result);
   return result;
 }
 
 static void trace_backward_in_place(const OnLaunch& on_launch, int multiprocessors, const at::Tensor& grad_output,
-                                    const at::Tensor& logits, const at::Tensor& target, const at::Tensor& stats,
-                                    const at::Tensor& denominators, double alpha, double beta, double s) {
-  trace_gradient(on_launch, multiprocessors, grad_output, logits, target, stats, denominators, alpha, beta, s, logits);
+                                    const at::Tensor& logits, const at::Tensor& target, const at::Tensor& saved,
+                                    const at::Tensor& denominators, double alpha, double beta, double gamma, double s,
+                                    int64_t ignore_index, int64_t reduction) {
+  trace_gradient(on_launch, multiprocessors, grad_output, logits, target, saved, denominators, alpha, beta, gamma, s,
+                 ignore_index, reduction, logits);
 }
 
 void bind(pybind11::module_& m) {
   m.def("trace_cuda_forward", &trace_forward, "native_forward on CPU tensors; the launch goes to a function");
   m.def("trace_cuda_backward", &trace_backward, "native_backward on CPU tensors; the launch goes to a function");
   m.def("trace_cuda_backward_", &trace_backward_in_place, "native_backward_, likewise");
-  m.def("trace_cuda_statistics", &trace_statistics, "native_statistics, likewise");
+  m.def("trace_cuda_sums", &trace_sums, "native_sums, likewise");
 }
 
 }  // namespace cuda
@@ -215,5 +221,5 @@ TORCH_LIBRARY_IMPL(lmf_kernels, CUDA, m) {
   m.impl("native_forward", &lmf::cuda::forward_cuda);
   m.impl("native_backward", &lmf::cuda::backward_cuda);
   m.impl("native_backward_", &lmf::cuda::backward_in_place_cuda);
-  m.impl("native_statistics", &lmf::cuda::statistics_cuda);
+  m.impl("native_sums", &lmf::cuda::sums_cuda);
 }

@@ -67,7 +67,7 @@ struct ForwardParams {
   const void* ldam_normalizer;  // () or null
   const void* focal_normalizer;
   void* loss;          // () or (rows)
-  void* stats;         // (5, rows) = m, c1, c2, g1, g2
+  void* saved;         // (5, rows) = m, c1, c2, g1, g2
   void* denominators;  // (2) or empty
   void* partials;      // (words, blocks): what each block adds to the sums, or m, t1, t2 of each chunk of a row
   Counter* counter;    // 0 between launches
@@ -81,10 +81,10 @@ struct ForwardParams {
   int reduction;
 };
 
-struct StatisticsParams {
+struct SumsParams {
   const void* logits;     // (N, C, d...)
   const int64_t* target;  // (N, d...)
-  void* statistics;       // (4, rows) = m, t1, t2, z_y; z_y = 0 where the target is not in the slice
+  void* sums;             // (4, rows) = m, t1, t2, z_y; z_y = 0 where the target is not in the slice
   void* partials;         // (words, blocks): m, t1, t2 of each chunk of a row
   Counter* counter;       // 0 between launches
 
@@ -98,7 +98,7 @@ struct BackwardParams {
   const void* grad_output;  // () or (N, d...)
   const void* logits;
   const int64_t* target;
-  const void* stats;
+  const void* saved;
   const void* denominators;
   void* grad_logits;  // may be the logits: nobody reads an element once its gradient is written
 
@@ -126,11 +126,11 @@ struct Launch {
 
 // lmf_cuda_plan.cpp. All fill in params.work, but for what they find there: rows, classes, ldam, focal and s.
 Launch plan_forward(ForwardParams& params, Element element, int multiprocessors);
-Launch plan_statistics(StatisticsParams& params, Element element, int multiprocessors);
+Launch plan_sums(SumsParams& params, Element element, int multiprocessors);
 Launch plan_backward(BackwardParams& params, Element element, int multiprocessors);
 
 cudaError_t launch_forward(const Launch& launch, const ForwardParams& params, cudaStream_t stream);
-cudaError_t launch_statistics(const Launch& launch, const StatisticsParams& params, cudaStream_t stream);
+cudaError_t launch_sums(const Launch& launch, const SumsParams& params, cudaStream_t stream);
 cudaError_t launch_backward(const Launch& launch, const BackwardParams& params, cudaStream_t stream);
 
 }  // namespace cuda

@@ -11,29 +11,29 @@ constexpr int kNoGradient = -1;
 // What eq. 8 needs of a row; n = 1: both terms have the same exponential.
 template <typename A, int n>
 struct RowGradient {
-  int y;                 // kNoGradient: the row's gradient is zero, and its logits are not looked at
-  A m, k[n], at_target;  // k = r c
+  int y;              // kNoGradient: the row's gradient is zero, and its logits are not looked at
+  A m, k[n], grad_y;  // k = r c
 
   __device__ __forceinline__ A of(int j, A z_j, const A (&rate)[n]) const {
     const A d = z_j - m;
     A gradient = 0;
 #pragma unroll
     for (int i = 0; i < n; i++) gradient += k[i] * exponential(d, rate[i]);
-    return j == y ? at_target : gradient;
+    return j == y ? grad_y : gradient;
   }
 };
 
 template <typename A, int n, int rows>
 struct GradientTile {
   int y[rows];
-  A m[rows], k[n][rows], at_target[rows];
+  A m[rows], k[n][rows], grad_y[rows];
 
   __device__ __forceinline__ void put(int i, const RowGradient<A, n>& row) {
     y[i] = row.y;
     m[i] = row.m;
 #pragma unroll
     for (int term = 0; term < n; term++) k[term][i] = row.k[term];
-    at_target[i] = row.at_target;
+    grad_y[i] = row.grad_y;
   }
   __device__ __forceinline__ RowGradient<A, n> get(int i) const {
     RowGradient<A, n> row;
@@ -41,7 +41,7 @@ struct GradientTile {
     row.m = m[i];
 #pragma unroll
     for (int term = 0; term < n; term++) row.k[term] = k[term][i];
-    row.at_target = at_target[i];
+    row.grad_y = grad_y[i];
     return row;
   }
 };
@@ -56,7 +56,7 @@ template <typename A, int n>
 __device__ __forceinline__ RowGradient<A, n> read_row(const BackwardParams& p, int64_t row) {
   const Work& work = p.work;
   const Place at = place(row, work.rows);
-  const A* stats = static_cast<const A*>(p.stats) + row;
+  const A* saved = static_cast<const A*>(p.saved) + row;
   const int64_t rows = work.rows.count;
   A r1 = static_cast<const A*>(p.grad_output)[p.reduction == 0 ? offset(at, p.outer_strides) : 0];
   A r2 = r1;
@@ -64,19 +64,19 @@ __device__ __forceinline__ RowGradient<A, n> read_row(const BackwardParams& p, i
     r1 /= static_cast<const A*>(p.denominators)[1];
     r2 /= static_cast<const A*>(p.denominators)[0];
   }
-  A c1 = 0, c2 = 0, at_target = 0;
+  A c1 = 0, c2 = 0, grad_y = 0;
   if (work.focal) {
-    c1 = stats[rows];
-    at_target -= times(r1, stats[3 * rows]);
+    c1 = saved[rows];
+    grad_y -= times(r1, saved[3 * rows]);
   }
   if (work.ldam) {
-    c2 = stats[2 * rows];
-    at_target -= times(r2, stats[4 * rows]);
+    c2 = saved[2 * rows];
+    grad_y -= times(r2, saved[4 * rows]);
   }
   const int64_t y = p.target[offset(at, p.target_strides)];
   RowGradient<A, n> result;
-  result.m = stats[0];
-  result.at_target = at_target;
+  result.m = saved[0];
+  result.grad_y = grad_y;
   result.k[0] = n == 1 ? times(r1, c1) + times(r2, c2) : times(r1, c1);
   if (n == 2) result.k[n - 1] = times(r2, c2);
   result.y = y >= 0 && y < work.classes ? static_cast<int>(y) : kBad;

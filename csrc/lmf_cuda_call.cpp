@@ -118,7 +118,7 @@ ForwardCall::ForwardCall(const at::Tensor& logits, const at::Tensor& target, con
     p.tables[i] = {table.dim() ? table.stride(0) : 0, element_of_table(table)};
   }
   p.loss = result.loss.mutable_data_ptr();
-  p.stats = result.stats.mutable_data_ptr();
+  p.saved = result.saved.mutable_data_ptr();
   p.denominators = result.denominators.mutable_data_ptr();
   p.stride_c = logits_.stride(1);
   p.alpha = coefficients.alpha;
@@ -131,7 +131,7 @@ ForwardCall::ForwardCall(const at::Tensor& logits, const at::Tensor& target, con
   launch = plan_forward(p, element_of(logits_), multiprocessors);
   const int words = partial_words(p.work, p.reduction, launch.exponentials, launch.blocks);
   if (words > 0) {
-    partials_ = at::empty({words, int64_t{launch.blocks}}, result.stats.options());
+    partials_ = at::empty({words, int64_t{launch.blocks}}, result.saved.options());
     p.partials = partials_.mutable_data_ptr();
   }
 }
@@ -139,25 +139,25 @@ ForwardCall::ForwardCall(const at::Tensor& logits, const at::Tensor& target, con
 std::vector<at::Tensor> ForwardCall::tensors() const {
   std::vector<at::Tensor> all{logits_, target_};
   all.insert(all.end(), tables_.begin(), tables_.end());
-  all.insert(all.end(), {result.loss, result.stats, result.denominators, partials_});
+  all.insert(all.end(), {result.loss, result.saved, result.denominators, partials_});
   return all;
 }
 
-StatisticsCall::StatisticsCall(const at::Tensor& logits, const at::Tensor& target, int64_t first_class,
-                               int64_t ignore_index, double alpha, double beta, double s, int multiprocessors)
+SumsCall::SumsCall(const at::Tensor& logits, const at::Tensor& target, int64_t first_class, int64_t ignore_index,
+                   double alpha, double beta, double s, int multiprocessors)
     : logits_(logits), target_(target) {
   auto& p = params;
   p.work.rows = find_rows(logits_, target_, p.strides, p.target_strides);
   result = at::empty({4, target_.numel()}, logits_.options().dtype(accumulation_type(logits_)));
   p.logits = logits_.const_data_ptr();
   p.target = target_.const_data_ptr<int64_t>();
-  p.statistics = result.mutable_data_ptr();
+  p.sums = result.mutable_data_ptr();
   p.stride_c = logits_.stride(1);
   p.first_class = first_class;
   p.ignore_index = ignore_index;
   describe_work(p.work, logits_, alpha, beta, s);
 
-  launch = plan_statistics(p, element_of(logits_), multiprocessors);
+  launch = plan_sums(p, element_of(logits_), multiprocessors);
   const int words = partial_words(p.work, kNone, launch.exponentials, launch.blocks);
   if (words > 0) {
     partials_ = at::empty({words, int64_t{launch.blocks}}, result.options());
@@ -166,12 +166,12 @@ StatisticsCall::StatisticsCall(const at::Tensor& logits, const at::Tensor& targe
 }
 
 BackwardCall::BackwardCall(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
-                           const at::Tensor& stats, const at::Tensor& denominators, double alpha, double beta, double s,
+                           const at::Tensor& saved, const at::Tensor& denominators, double alpha, double beta, double s,
                            const at::Tensor& result, int multiprocessors)
     : grad_output_(grad_output),
       logits_(logits),
       target_(target),
-      stats_(stats),
+      stats_(saved),
       denominators_(denominators),
       grad_(result),
       result_(result) {
@@ -193,7 +193,7 @@ BackwardCall::BackwardCall(const at::Tensor& grad_output, const at::Tensor& logi
   p.grad_output = grad_output_.const_data_ptr();
   p.logits = logits_.const_data_ptr();
   p.target = target_.const_data_ptr<int64_t>();
-  p.stats = stats_.const_data_ptr();
+  p.saved = stats_.const_data_ptr();
   p.denominators = denominators_.const_data_ptr();
   p.grad_logits = grad_.mutable_data_ptr();
   p.stride_c = logits_.stride(1);

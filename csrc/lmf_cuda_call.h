@@ -31,14 +31,14 @@ struct ForwardCall {
   std::vector<at::Tensor> tables_;
 };
 
-struct StatisticsCall {
-  StatisticsCall(const at::Tensor& logits, const at::Tensor& target, int64_t first_class, int64_t ignore_index,
-                 double alpha, double beta, double s, int multiprocessors);
+struct SumsCall {
+  SumsCall(const at::Tensor& logits, const at::Tensor& target, int64_t first_class, int64_t ignore_index, double alpha,
+           double beta, double s, int multiprocessors);
   bool needed() const { return params.work.rows.count > 0; }
   bool needs_counter() const { return partials_.defined(); }
   std::vector<at::Tensor> tensors() const { return {logits_, target_, result, partials_}; }
 
-  StatisticsParams params{};
+  SumsParams params{};
   Launch launch;
   at::Tensor result;
 
@@ -49,7 +49,7 @@ struct StatisticsCall {
 // The gradient goes to `result`, which may be the logits.
 struct BackwardCall {
   BackwardCall(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
-               const at::Tensor& stats, const at::Tensor& denominators, double alpha, double beta, double s,
+               const at::Tensor& saved, const at::Tensor& denominators, double alpha, double beta, double s,
                const at::Tensor& result, int multiprocessors);
   bool needed() const { return params.work.rows.count > 0; }
   std::vector<at::Tensor> tensors() const { return {grad_output_, logits_, target_, stats_, denominators_, grad_}; }

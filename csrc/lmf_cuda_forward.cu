@@ -24,8 +24,8 @@ __device__ __forceinline__ void finish_row(const ForwardParams& p, int64_t row, 
   const bool counts = label != kIgnored, valid = label >= 0;
   const Options<A> options{static_cast<A>(p.alpha), static_cast<A>(p.beta), static_cast<A>(p.gamma),
                            static_cast<A>(p.work.s)};
-  const Statistics<Math> statistics{sums.m, sums.t[0], sums.t[n - 1], z_y};
-  const Gap<Math> gap(statistics, false);
+  const RowSums<Math> whole{sums.m, sums.t[0], sums.t[n - 1], z_y};
+  const Gap<Math> gap(whole, false);
   const A poison = label == kBad ? std::numeric_limits<A>::quiet_NaN() : A(0);
   Term<Math> focal{0, 0, 0}, ldam{0, 0, 0};
   A w_ldam = valid ? A(1) : A(0);
@@ -34,23 +34,23 @@ __device__ __forceinline__ void finish_row(const ForwardParams& p, int64_t row, 
     focal = {poison, poison, poison};
     if (valid) {
       const A w_focal = p.focal_weight ? load_table<A>(p.focal_weight, p.tables[2], label) : A(1);
-      focal = focal_term<Math>(gap, statistics.t1, w_focal, options);
+      focal = focal_term<Math>(gap, whole.t1, w_focal, options);
     }
   }
   if (p.work.ldam) {
     ldam = {poison, poison, poison};
     if (valid) {
       const A margin = p.margins ? load_table<A>(p.margins, p.tables[0], label) : A(0);
-      ldam = ldam_term<Math>(gap, statistics.t2, margin, w_ldam, options);
+      ldam = ldam_term<Math>(gap, whole.t2, margin, w_ldam, options);
     }
   }
-  A* stats = static_cast<A*>(p.stats) + row;
+  A* saved = static_cast<A*>(p.saved) + row;
   const int64_t rows = p.work.rows.count;
-  stats[0] = sums.m;
-  stats[rows] = focal.c;
-  stats[2 * rows] = ldam.c;
-  stats[3 * rows] = focal.g;
-  stats[4 * rows] = ldam.g;
+  saved[0] = sums.m;
+  saved[rows] = focal.c;
+  saved[2 * rows] = ldam.c;
+  saved[3 * rows] = focal.g;
+  saved[4 * rows] = ldam.g;
   if (p.reduction == 0) {
     static_cast<A*>(p.loss)[row] = options.alpha * ldam.loss + options.beta * focal.loss;
   }

@@ -112,8 +112,8 @@ Launch plan_forward(ForwardParams& p, Element element, int multiprocessors) {
   return plan_sums(p, element, p.strides.s2 == 1, multiprocessors);
 }
 
-// Without planes: see lmf_cuda_statistics.cu.
-Launch plan_statistics(StatisticsParams& p, Element element, int multiprocessors) {
+// Without planes: see lmf_cuda_row_sums.cu.
+Launch plan_sums(SumsParams& p, Element element, int multiprocessors) {
   return plan_sums(p, element, false, multiprocessors);
 }
 

@@ -39,7 +39,7 @@ struct Options {
 
 // All that a row's statistics tell once they are complete.
 template <typename Math>
-struct Statistics {
+struct RowSums {
   typename Math::Value m, t1, t2;  // eq. 1; t2 = t1 when s = 1; 0 without a finite competitor
   typename Math::Value z_y;
 };
@@ -79,7 +79,7 @@ struct Gap {
   typename Math::Value value;
   typename Math::Mask silent;
 
-  LMF_HD Gap(const Statistics<Math>& row, typename Math::Mask ignored) {
+  LMF_HD Gap(const RowSums<Math>& row, typename Math::Mask ignored) {
     using Scalar = typename Math::Scalar;
     const auto infinity = Math::of(std::numeric_limits<Scalar>::infinity());
     const auto nan = Math::of(std::numeric_limits<Scalar>::quiet_NaN());

@@ -22,11 +22,14 @@ def native_backward(
     grad_output: Tensor,
     logits: Tensor,
     target: Tensor,
-    stats: Tensor,
+    saved: Tensor,
     denominators: Tensor,
     alpha: float,
     beta: float,
+    gamma: float,
     s: float,
+    ignore_index: int,
+    reduction: int,
     /,
 ) -> Tensor: ...
 def devices() -> list[str]: ...

@@ -2,10 +2,10 @@
 
 Every fused backend is a pair of ops with the same arguments, in `torch.ops.lmf_kernels`:
 
-    <backend>_forward(logits, target, margins, ...) -> (loss, stats, denominators)
-    <backend>_backward(grad_output, logits, target, stats, denominators, alpha, beta, s) -> grad_logits
+    <backend>_forward(logits, target, margins, ...) -> (loss, saved, denominators)
+    <backend>_backward(grad_output, logits, target, saved, denominators, *options) -> grad_logits
 
-with stats (5, rows) = m, c1, c2, g1, g2 of reference.py's eq. 7 and denominators (2,) = [LDAM, focal] for 'mean', else
+with saved (5, rows) = m, c1, c2, g1, g2 of reference.py's eq. 7 and denominators (2,) = [LDAM, focal] for 'mean', else
 empty. The native ops are defined in csrc/lmf.cpp, the Triton ops here, so that they work without the extension.
 
 The forward ops are differentiable once, in the logits, which is what torch.compile and torch.export need; `fused_loss`
@@ -22,22 +22,22 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
+from ._call import Options, Tables, schema_of
 from ._native import _C, BUILD, built, native_problem  # registers the native ops
 from ._versions import triton_problem, triton_version
 from ._vmap import backward_rule, forward_rule
 from .reference import MEAN, NONE, reference_loss
-from .row_statistics import accumulation_dtype, slice_statistics, write_gradient
+from .row_sums import accumulation_dtype, backward_, slice_sums
 
 BACKENDS = ("auto", "triton", "native", "reference")
 
 _FORWARD_SCHEMA = (
-    "(Tensor logits, Tensor target, Tensor? margins, Tensor? ldam_weight, Tensor? focal_weight, "
-    "Tensor? ldam_normalizer, Tensor? focal_normalizer, float alpha, float beta, float gamma, float s, "
-    "int ignore_index, int reduction) -> (Tensor loss, Tensor stats, Tensor denominators)"
+    f"(Tensor logits, Tensor target, {schema_of(Tables)}, {schema_of(Options)}) -> "
+    "(Tensor loss, Tensor saved, Tensor denominators)"
 )
 _BACKWARD_SCHEMA = (
-    "(Tensor grad_output, Tensor logits, Tensor target, Tensor stats, Tensor denominators, "
-    "float alpha, float beta, float s) -> Tensor"
+    "(Tensor grad_output, Tensor logits, Tensor target, Tensor saved, Tensor denominators, "
+    f"{schema_of(Options)}) -> Tensor"
 )
 
 # Looked up once, at import: torch.compile cannot trace the looking.
@@ -68,12 +68,12 @@ def _triton_backward_in_place(*args: Any) -> None:
     _triton_module().backward(*arguments)
 
 
-def _triton_statistics(*args: Any) -> Tensor:
+def _triton_sums(*args: Any) -> Tensor:
     if not HAS_TRITON:
         raise RuntimeError(_NO_TRITON)
-    from . import _triton_statistics
+    from . import _triton_sums
 
-    return _triton_statistics.statistics(*args)
+    return _triton_sums.sums(*args)
 
 
 _library = torch.library.Library("lmf_kernels", "FRAGMENT")
@@ -82,12 +82,9 @@ _library.define("triton_backward" + _BACKWARD_SCHEMA)
 _library.define(
     "triton_backward_" + _BACKWARD_SCHEMA.replace("Tensor logits", "Tensor(a!) logits")[: -len("Tensor")] + "()"
 )
-_library.define(
-    "triton_statistics(Tensor logits, Tensor target, int first_class, int ignore_index, float alpha, float beta, "
-    "float s) -> Tensor"
-)
+_library.define(f"triton_sums(Tensor logits, Tensor target, int first_class, {schema_of(Options)}) -> Tensor")
 _library.impl("triton_backward_", _triton_backward_in_place, "CompositeExplicitAutograd")
-_library.impl("triton_statistics", _triton_statistics, "CompositeExplicitAutograd")
+_library.impl("triton_sums", _triton_sums, "CompositeExplicitAutograd")
 _library.impl("triton_forward", _triton_forward, "CompositeExplicitAutograd")
 _library.impl("triton_backward", _triton_backward, "CompositeExplicitAutograd")
 
@@ -140,34 +137,34 @@ def _fused(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 # ---- slices of the classes, for lmf_kernels/linear.py and class_parallel.py -----------------------------------------
-# Backend name -> its ops `<backend>_statistics` and `<backend>_backward_`.
+# Backend name -> its ops `<backend>_sums` and `<backend>_backward_`.
 # A compiler never meets these, as they run inside larger ops or eager code; their fake kernels serve memory estimates.
-SLICES: dict[str, tuple[Callable[..., Tensor], Callable[..., None]]] = {"reference": (slice_statistics, write_gradient)}
+SLICES: dict[str, tuple[Callable[..., Tensor], Callable[..., None]]] = {"reference": (slice_sums, backward_)}
 for _backend in OPS:
     SLICES[_backend] = (
-        getattr(torch.ops.lmf_kernels, f"{_backend}_statistics").default,
+        getattr(torch.ops.lmf_kernels, f"{_backend}_sums").default,
         getattr(torch.ops.lmf_kernels, f"{_backend}_backward_").default,
     )
     torch.library.register_fake(
-        f"lmf_kernels::{_backend}_statistics",
+        f"lmf_kernels::{_backend}_sums",
         lambda logits, target, *rest: logits.new_empty((4, target.numel()), dtype=accumulation_dtype(logits.dtype)),
         lib=_library,
     )
     torch.library.register_fake(f"lmf_kernels::{_backend}_backward_", lambda *arguments: None, lib=_library)
 
 
-def statistics_op(backend: str) -> Callable[..., Tensor]:
-    """(logits, target, first_class, ignore_index, alpha, beta, s) -> m, t1, t2, z_y (4, rows) over these classes."""
+def sums_op(backend: str) -> Callable[..., Tensor]:
+    """(logits, target, first_class, *options) -> m, t1, t2, z_y (4, rows) over these classes."""
     return SLICES[backend][0]
 
 
-def gradient_over_logits_op(backend: str) -> Callable[..., None]:
+def backward_op_(backend: str) -> Callable[..., None]:
     """The backward op of a backend that writes the gradient over the logits, and takes labels outside [0, C)."""
     return SLICES[backend][1]
 
 
 def extra_copies(backend: str, dtype: torch.dtype) -> int:
-    """How many times the memory of a chunk of logits its statistics and its gradient take beyond it."""
+    """How many times the memory of a chunk of logits its sums and its gradient take beyond it."""
     if backend in OPS:
         return 0
     # Eager temporaries in the accumulation type, and masks.
@@ -198,18 +195,17 @@ def _check_device(logits: Tensor, *others: Tensor) -> None:
 
 
 def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, stats, denominators = output
-    ctx.mark_non_differentiable(stats, denominators)
+    _, saved, denominators = output
+    ctx.mark_non_differentiable(saved, denominators)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[0], inputs[1], stats, denominators)
+    ctx.save_for_backward(inputs[0], inputs[1], saved, denominators)
     ctx.options = inputs[7:]
 
 
 def _differentiate(
     backward: Callable[..., Any], ctx: Any, grad_output: Tensor | None, *unused: None
 ) -> tuple[Any, ...]:
-    alpha, beta, _, s, _, _ = ctx.options
-    grad = None if grad_output is None else backward(grad_output, *ctx.saved_tensors, alpha, beta, s)
+    grad = None if grad_output is None else backward(grad_output, *ctx.saved_tensors, *ctx.options)
     return (grad, *(None,) * 12)
 
 
@@ -337,8 +333,8 @@ class _FusedLoss(_ReverseMode):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, rest: tuple[Any, ...]) -> Tensor:
         backend, *arguments = rest
-        loss, stats, denominators = _fused(backend)[0](logits, *arguments)
-        _save(ctx, backend, (logits, *arguments), stats, denominators)
+        loss, saved, denominators = _fused(backend)[0](logits, *arguments)
+        _save(ctx, backend, (logits, *arguments), saved, denominators)
         return loss
 
     @staticmethod
@@ -355,10 +351,10 @@ class _TransformableLoss(_ReverseMode):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        _, stats, denominators = output
-        ctx.mark_non_differentiable(stats, denominators)
+        _, saved, denominators = output
+        ctx.mark_non_differentiable(saved, denominators)
         ctx.set_materialize_grads(False)
-        _save(ctx, inputs[0], inputs[1:], stats, denominators)
+        _save(ctx, inputs[0], inputs[1:], saved, denominators)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
@@ -372,7 +368,7 @@ class _TransformableLoss(_ReverseMode):
 
 def _gradient(ctx: Any, grad_output: Tensor) -> Tensor:
     """The gradient in the logits of what `_save` kept; differentiable where the caller asked for that."""
-    logits, target, stats, denominators = ctx.saved_tensors
+    logits, target, saved, denominators = ctx.saved_tensors
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         if ctx.versions != _versions(ctx.tables):
             raise RuntimeError(
@@ -380,14 +376,13 @@ def _gradient(ctx: Any, grad_output: Tensor) -> Tensor:
                 "create_graph=True; modify them after it"
             )
         return _FusedGrad.apply(
-            ctx.backend, grad_output, logits, target, stats, denominators, *ctx.tables, *ctx.options
+            ctx.backend, grad_output, logits, target, saved, denominators, *ctx.tables, *ctx.options
         )
-    alpha, beta, _, s, _, _ = ctx.options
-    return _fused(ctx.backend)[1](grad_output, logits, target, stats, denominators, alpha, beta, s)
+    return _fused(ctx.backend)[1](grad_output, logits, target, saved, denominators, *ctx.options)
 
 
-def _save(ctx: Any, backend: str, arguments: tuple[Any, ...], stats: Tensor, denominators: Tensor) -> None:
-    ctx.save_for_backward(arguments[0], arguments[1], stats, denominators)
+def _save(ctx: Any, backend: str, arguments: tuple[Any, ...], saved: Tensor, denominators: Tensor) -> None:
+    ctx.save_for_backward(arguments[0], arguments[1], saved, denominators)
     # Only double backward needs the tables again. Saving them the usual way would forbid set_weight() between
     # forward and backward, which does not touch the first derivative.
     ctx.tables = arguments[2:7]
@@ -405,12 +400,11 @@ class _FusedGrad(_ReverseMode):
         grad_output: Tensor,
         logits: Tensor,
         target: Tensor,
-        stats: Tensor,
+        saved: Tensor,
         denominators: Tensor,
         *tables_and_options: Any,
     ) -> Tensor:
-        alpha, beta, _, s, _, _ = tables_and_options[5:]
-        return _fused(backend)[1](grad_output, logits, target, stats, denominators, alpha, beta, s)
+        return _fused(backend)[1](grad_output, logits, target, saved, denominators, *tables_and_options[5:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -432,12 +426,7 @@ class _FusedGrad(_ReverseMode):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], backend: str, *arguments: Any) -> tuple[Tensor, int]:
-        def call(grad_output: Tensor, *rest: Any) -> Tensor:
-            # A folded sum comes back with a gradient for each row.
-            reduction = NONE if grad_output.dim() else rest[-1]
-            return _FusedGrad.apply(backend, grad_output, *rest[:-1], reduction)
-
-        return backward_rule(call, info, in_dims[1:], *arguments)
+        return backward_rule(functools.partial(_FusedGrad.apply, backend), info, in_dims[1:], *arguments)
 
 
 def _versions(tables: tuple[Tensor | None, ...]) -> list[int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._triton_kernels import Tile, backward_kernel, forward_kernel
 from ._triton_math import Terms
-from .reference import MEAN, NONE, SUM
+from .reference import MEAN, NONE
 
 LANES = 128  # of a tile; a row of many classes takes more
 ROW_LANES = 256  # at most, of one row
@@ -39,7 +39,7 @@ def forward(
     ignore_index: int,
     reduction: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, stats, denominators) in one launch.
+    """(loss, saved, denominators) in one launch.
 
     Logits of any strides are read in place if their dimensions other than C collapse into at most three levels, as
     those of a crop of a batch of images do. Others are copied first.
@@ -54,10 +54,10 @@ def forward(
         )  # fmt: skip
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     loss = torch.empty(target.shape if reduction == NONE else (), dtype=acc, device=logits.device)
-    stats = torch.empty((5, plan.rows), dtype=acc, device=logits.device)
+    saved = torch.empty((5, plan.rows), dtype=acc, device=logits.device)
     denominators = torch.empty((2 if reduction == MEAN else 0,), dtype=acc, device=logits.device)
     if reduction == NONE and plan.rows == 0:
-        return loss, stats, denominators
+        return loss, saved, denominators
     with device.made_current():
         partials = counter = None
         if reduction != NONE or plan.tile.chunk < plan.tile.C:
@@ -65,22 +65,25 @@ def forward(
             counter = device.counter()
         tensors = (
             logits, target, margins, ldam_weight, focal_weight, ldam_normalizer, focal_normalizer,
-            loss, stats, denominators, partials, counter,
+            loss, saved, denominators, partials, counter,
         )  # fmt: skip
         scalars = alpha, beta, gamma, s, ignore_index, *plan.arguments
         _launch(forward_kernel, device, plan, tensors, scalars, _terms(alpha, beta, s), reduction)
-    return loss, stats, denominators
+    return loss, saved, denominators
 
 
 def backward(
     grad_output: Tensor,
     logits: Tensor,
     target: Tensor,
-    stats: Tensor,
+    saved: Tensor,
     denominators: Tensor,
     alpha: float,
     beta: float,
+    gamma: float,
     s: float,
+    ignore_index: int,
+    reduction: int,
     in_place: bool = False,
 ) -> Tensor:
     """grad_logits in one launch, in the memory layout of logits, or over the logits themselves."""
@@ -92,10 +95,11 @@ def backward(
     )  # fmt: skip
     if plan is None:
         grad_output, logits, target = grad_output.contiguous(), logits.contiguous(), target.contiguous()
-        return grad_logits.copy_(backward(grad_output, logits, target, stats, denominators, alpha, beta, s))
+        return grad_logits.copy_(
+            backward(grad_output, logits, target, saved, denominators, alpha, beta, gamma, s, ignore_index, reduction)
+        )
     if plan.rows:
-        reduction = MEAN if denominators.shape[0] else NONE if grad_output.dim() else SUM
-        arguments = grad_output, logits, target, stats, denominators, grad_logits
+        arguments = grad_output, logits, target, saved, denominators, grad_logits
         _launch(backward_kernel, device, plan, arguments, (s, *plan.arguments), _terms(alpha, beta, s), reduction)
     return grad_logits
 

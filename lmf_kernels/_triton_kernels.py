@@ -196,10 +196,10 @@ def _unit_sums(logits, target, unit, sub, s, sizes, z_strides, y_strides, TILE: 
 
 @triton.jit
 def _store_rows(
-    m, t1, t2, z_y, y, place, logits, loss, stats, tables, hyper, ignore_index, sizes, z_strides,
+    m, t1, t2, z_y, y, place, logits, loss, saved, tables, hyper, ignore_index, sizes, z_strides,
     TILE: tl.constexpr, TERMS: tl.constexpr, REDUCTION: tl.constexpr,
 ):  # fmt: skip
-    """Stores the statistics of rows; returns their parts of the sums over all rows."""
+    """Stores what rows save for backward; returns their parts of the sums over all rows."""
     acc: tl.constexpr = m.dtype
     rows, _, _ = sizes
     row, _, _, exists = place
@@ -210,7 +210,7 @@ def _store_rows(
         at = logits + _offset(place, sizes, stride_0, stride_1, stride_2, TILE) + y * stride_c
         z_y = tl.load(at, mask=valid, other=0.0).to(acc)
     ldam, focal, w_ldam, c1, c2, g1, g2 = _finish_rows(m, t1, t2, z_y, y, kept, valid, tables, hyper, TERMS)
-    at = stats + row
+    at = saved + row
     stride = rows.to(tl.int64)
     tl.store(at, m, mask=exists)
     tl.store(at + stride, c1, mask=exists)
@@ -278,7 +278,7 @@ def _store_loss(
 
 @triton.jit
 def _finish_split(
-    partials, programs, logits, target, loss, stats, denominators, normalizers, tables, hyper, ignore_index,
+    partials, programs, logits, target, loss, saved, denominators, normalizers, tables, hyper, ignore_index,
     sizes, z_strides, y_strides, TILE: tl.constexpr, TERMS: tl.constexpr, REDUCTION: tl.constexpr,
 ):  # fmt: skip
     """All rows from the sums of their chunks, and the loss."""
@@ -303,7 +303,7 @@ def _finish_split(
         m, t1, t2, z_y = _combine(m, t1, t2, tl.zeros(m.shape, acc), s, TERMS)
         y = _load_labels(target, place, sizes, y_strides, TILE)
         ldam_part, focal_part, weight_part, kept_part = _store_rows(
-            m, t1, t2, z_y, y, place, logits, loss, stats, tables, hyper, ignore_index, sizes, z_strides,
+            m, t1, t2, z_y, y, place, logits, loss, saved, tables, hyper, ignore_index, sizes, z_strides,
             TILE, TERMS, REDUCTION,
         )  # fmt: skip
         ldam += ldam_part
@@ -317,17 +317,17 @@ def _finish_split(
 @triton.jit(do_not_specialize=["rows", "middle", "inner", "stride_0", "stride_1", "target_0", "sub"])
 def forward_kernel(
     logits, target, margins, ldam_weight, focal_weight, ldam_normalizer, focal_normalizer,
-    loss, stats, denominators, partials, counter,
+    loss, saved, denominators, partials, counter,
     alpha: tl.float64, beta: tl.float64, gamma: tl.float64, s: tl.float64, ignore_index: tl.int64,
     rows, middle, inner, stride_0, stride_1, stride_2, stride_c, target_0, target_1, target_2, sub,
     TILE: tl.constexpr, TERMS: tl.constexpr, REDUCTION: tl.constexpr,
 ):  # fmt: skip
-    """Stores loss, stats (5, rows) and denominators (2,).
+    """Stores loss, saved (5, rows) and denominators (2,).
 
     Where something remains to be done with all programs' results, each leaves up to four sums in `partials`, and the
     last one to arrive at `counter` does it. It also sets the counter back to zero for the next launch.
     """
-    acc: tl.constexpr = stats.dtype.element_ty
+    acc: tl.constexpr = saved.dtype.element_ty
     hyper = tl.full((), alpha, acc), tl.full((), beta, acc), tl.full((), gamma, acc), tl.full((), s, acc)
     s = tl.full((), s, acc)
     tables = margins, ldam_weight, focal_weight
@@ -350,7 +350,7 @@ def forward_kernel(
         tl.store(at + 2 * programs, t2)
         if _arrive(counter):
             _finish_split(
-                partials, programs, logits, target, loss, stats, denominators, normalizers, tables, hyper,
+                partials, programs, logits, target, loss, saved, denominators, normalizers, tables, hyper,
                 ignore_index, sizes, z_strides, y_strides, TILE, TERMS, REDUCTION,
             )  # fmt: skip
             tl.store(counter, 0)
@@ -374,7 +374,7 @@ def forward_kernel(
                 place = row, outer, i_2, exists & (n < sub)
                 y = _load_labels(target, place, sizes, y_strides, TILE)
             ldam_part, focal_part, weight_part, kept_part = _store_rows(
-                m, t1, t2, z_y, y, place, logits, loss, stats, tables, hyper, ignore_index, sizes, z_strides,
+                m, t1, t2, z_y, y, place, logits, loss, saved, tables, hyper, ignore_index, sizes, z_strides,
                 TILE, TERMS, REDUCTION,
             )  # fmt: skip
             ldam += ldam_part
@@ -407,16 +407,16 @@ def _times(r, c):
 
 
 @triton.jit
-def _gradient(z, m, k1, k2, is_target, grad_y, s, TERMS: tl.constexpr):
-    """Eq. 8 for elements z, in their dtype; k1 = r1 c1, k2 = r2 c2."""
+def _gradient(z, m, rc1, rc2, is_target, grad_y, s, TERMS: tl.constexpr):
+    """Eq. 8 for elements z, in their dtype; rc1 = r1 c1, rc2 = r2 c2."""
     d = z.to(m.dtype) - m
     grad = tl.zeros(d.shape, d.dtype)
     if TERMS.t1:
-        grad += k1 * _exp(d, 1.0)
+        grad += rc1 * _exp(d, 1.0)
     if TERMS.t2:
-        grad += k2 * _exp(d, s)
+        grad += rc2 * _exp(d, s)
     grad = tl.where(is_target, grad_y, grad)
-    live = tl.abs(k1) + tl.abs(k2) != 0  # the others get zeros whatever they hold: no 0 * NaN
+    live = tl.abs(rc1) + tl.abs(rc2) != 0  # the others get zeros whatever they hold: no 0 * NaN
     return _round(tl.where(live, grad, 0.0), z.dtype)
 
 
@@ -424,13 +424,13 @@ def _gradient(z, m, k1, k2, is_target, grad_y, s, TERMS: tl.constexpr):
     do_not_specialize=["rows", "middle", "inner", "stride_0", "stride_1", "grad_0", "grad_1", "target_0", "outer_0"]
 )
 def backward_kernel(
-    grad_output, logits, target, stats, denominators, grad_logits, s: tl.float64,
+    grad_output, logits, target, saved, denominators, grad_logits, s: tl.float64,
     rows, middle, inner, stride_0, stride_1, stride_2, stride_c, grad_0, grad_1, grad_2, grad_c,
     target_0, target_1, target_2, outer_0, outer_1, outer_2,
     TILE: tl.constexpr, TERMS: tl.constexpr, REDUCTION: tl.constexpr,
 ):  # fmt: skip
     """Stores grad_logits; a program takes a tile of rows and a chunk of their classes."""
-    acc: tl.constexpr = stats.dtype.element_ty
+    acc: tl.constexpr = saved.dtype.element_ty
     L: tl.constexpr = TILE.RT * TILE.LPR
     CHUNKS: tl.constexpr = triton.cdiv(TILE.C, TILE.chunk)
     s = tl.full((), s, acc)
@@ -461,43 +461,43 @@ def backward_kernel(
         r1 /= tl.load(denominators + 1)
         r2 /= tl.load(denominators)
 
-    at = stats + row
+    at = saved + row
     stride = rows.to(tl.int64)
     m = tl.load(at, mask=exists, other=0.0)
-    k1 = tl.zeros([L], acc)
-    k2 = tl.zeros([L], acc)
+    rc1 = tl.zeros([L], acc)
+    rc2 = tl.zeros([L], acc)
     grad_y = tl.zeros([L], acc)
     if TERMS.focal:
-        k1 = _times(r1, tl.load(at + stride, mask=exists, other=0.0))
+        rc1 = _times(r1, tl.load(at + stride, mask=exists, other=0.0))
         grad_y -= _times(r1, tl.load(at + 3 * stride, mask=exists, other=0.0))
     if TERMS.ldam:
-        k2 = _times(r2, tl.load(at + 2 * stride, mask=exists, other=0.0))
+        rc2 = _times(r2, tl.load(at + 2 * stride, mask=exists, other=0.0))
         grad_y -= _times(r2, tl.load(at + 4 * stride, mask=exists, other=0.0))
     if not TERMS.t2:
-        k1 += k2
+        rc1 += rc2
     if TILE.flat:  # a program takes K * RT elements of rows that follow each other, where they may begin and end
         i = tl.arange(0, L * TILE.K)
         from_row = i + (first % TILE.C).to(tl.int32)
         local = from_row * (2**20 // TILE.C + 1) >> 20  # from_row // C, exact as long as from_row * C < 2**20
         is_target = from_row - local * TILE.C == tl.gather(y, local, 0)
-        m, k1, k2 = tl.gather(m, local, 0), tl.gather(k1, local, 0), tl.gather(k2, local, 0)
+        m, rc1, rc2 = tl.gather(m, local, 0), tl.gather(rc1, local, 0), tl.gather(rc2, local, 0)
         grad_y = tl.gather(grad_y, local, 0)
         logits += first
         grad_logits += first
         left = rows.to(tl.int64) * TILE.C - first
         if left >= L * TILE.K:
-            grad = _gradient(tl.load(logits + i), m, k1, k2, is_target, grad_y, s, TERMS)
+            grad = _gradient(tl.load(logits + i), m, rc1, rc2, is_target, grad_y, s, TERMS)
             tl.store(grad_logits + i, grad)
         else:  # a mask that may end anywhere makes narrow loads and stores
             z = tl.load(logits + i, mask=i < left)
-            tl.store(grad_logits + i, _gradient(z, m, k1, k2, is_target, grad_y, s, TERMS), mask=i < left)
+            tl.store(grad_logits + i, _gradient(z, m, rc1, rc2, is_target, grad_y, s, TERMS), mask=i < left)
     else:
-        m, k1, k2 = m[None, :, None], k1[None, :, None], k2[None, :, None]
+        m, rc1, rc2 = m[None, :, None], rc1[None, :, None], rc2[None, :, None]
         y, grad_y = y[None, :, None], grad_y[None, :, None]
         first_class = program % CHUNKS * TILE.chunk
         for step in range(0, TILE.chunk, TILE.K * TILE.LPR * TILE.V):
             classes = first_class + step + _classes(TILE)
             here = (classes < TILE.C) & exists[None, :, None]
             z = _load_tile(logits, offset, first_class + step, TILE.C, stride_c, exists, unit, sizes, TILE)
-            grad = _gradient(z, m, k1, k2, classes == y, grad_y, s, TERMS)
+            grad = _gradient(z, m, rc1, rc2, classes == y, grad_y, s, TERMS)
             tl.store(grad_logits + grad_offset[None, :, None] + classes.to(tl.int64) * grad_c, grad, mask=here)

@@ -130,7 +130,7 @@ def _combine(m, t1, t2, z_y, s, TERMS: tl.constexpr):
     return top, t1, t2, z_y
 
 
-# ---- from the sums to loss and statistics, eq. 2 to 7 ---------------------------------------------------------------
+# ---- from the sums to the loss and what is saved, eq. 2 to 7 ------------------------------------------------------
 @triton.jit
 def _look_up(table, y, valid, default: tl.constexpr, acc: tl.constexpr):
     """table[y] (n,); an invalid label is not dereferenced."""

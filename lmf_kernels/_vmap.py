@@ -39,10 +39,10 @@ def forward_rule(
         results = _one_by_one(call, size, in_dims, arguments)
         return tuple(torch.stack(outputs) for outputs in zip(*results, strict=True)), (0, 0, 0)
     logits, target = (_mapped_first(a, dim, size) for a, dim in zip(arguments[:2], in_dims, strict=False))
-    loss, stats, denominators = call(logits.flatten(0, 1), target.flatten(0, 1), *arguments[2:-1], NONE)
+    loss, saved, denominators = call(logits.flatten(0, 1), target.flatten(0, 1), *arguments[2:-1], NONE)
     loss = loss.reshape(target.shape)
-    stats = stats.reshape(5, size, target[:1].numel())
-    return (loss if reduction == NONE else loss.flatten(1).sum(1), stats, denominators), (0, 1, None)
+    saved = saved.reshape(5, size, target[:1].numel())
+    return (loss if reduction == NONE else loss.flatten(1).sum(1), saved, denominators), (0, 1, None)
 
 
 def backward_rule(
@@ -52,11 +52,11 @@ def backward_rule(
     size, denominators = info.batch_size, arguments[4]
     if denominators.numel() or any(dim is not None for dim in in_dims[5:]):
         return torch.stack(_one_by_one(call, size, in_dims, arguments)), 0
-    grad_output, logits, target, stats = (
+    grad_output, logits, target, saved = (
         _mapped_first(a, dim, size) for a, dim in zip(arguments[:4], in_dims, strict=False)
     )
     if grad_output.dim() == 1:  # of a sum
         grad_output = grad_output.reshape(size, *(1,) * (target.dim() - 1)).expand(target.shape)
-    folded = (grad_output.flatten(0, 1), logits.flatten(0, 1), target.flatten(0, 1), stats.transpose(0, 1).flatten(1))
-    grad = call(*folded, denominators.new_empty(0), *arguments[5:])
+    folded = (grad_output.flatten(0, 1), logits.flatten(0, 1), target.flatten(0, 1), saved.transpose(0, 1).flatten(1))
+    grad = call(*folded, denominators.new_empty(0), *arguments[5:-1], NONE)
     return grad.reshape(logits.shape), 0

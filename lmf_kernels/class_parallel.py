@@ -1,6 +1,6 @@
 """Classes spread over ranks: the loss of logits of which every rank holds the columns of its own classes.
 
-Each rank reduces its logits to m, t1, t2, z_y a row (row_statistics.py); one max and one packed sum over the group make
+Each rank reduces its logits to m, t1, t2, z_y a row (row_sums.py); one max and one packed sum over the group make
 them those of whole rows, from which every rank computes the same loss. Backward needs no communication.
 """
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable imports the compiler, and Triton with it
 
-from ._ops import EAGER, gradient_over_logits_op, statistics_op
-from .row_statistics import Hyper, RowTables, finish, no_statistics, relative_to
+from ._ops import EAGER, backward_op_, sums_op
+from .row_sums import Hyper, RowTables, finish, no_sums, relative_to
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -208,7 +208,7 @@ def row_tables(
 
 def finish_rows(
     shares: ClassShares | None,
-    statistics: Tensor,  # (4, rows) over this rank's classes
+    sums: Tensor,  # (4, rows) over this rank's classes
     target: Tensor,
     tables: Sequence[Tensor | None],
     normalizers: tuple[Tensor | None, Tensor | None],
@@ -217,8 +217,8 @@ def finish_rows(
     ignore_index: int,
     reduction: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, stats, denominators) of whole rows: at most one max and one sum over the group."""
-    acc = statistics.dtype
+    """(loss, saved, denominators) of whole rows: at most one max and one sum over the group."""
+    acc = sums.dtype
     first, local, total = (
         (0, num_classes, num_classes) if shares is None else (shares.first, shares.local, shares.total)
     )
@@ -226,17 +226,17 @@ def finish_rows(
     if shares is not None and len(shares.sizes) > 1:
         import torch.distributed as dist
 
-        m = statistics[0].clone()
+        m = sums[0].clone()
         with explained("the max-reduction of the rows' largest logits", shares.group):
             dist.all_reduce(m, dist.ReduceOp.MAX, group=shares.group)
         shared = [tensor for tensor in (found[index] for index in partial) if tensor is not None]
-        packed = torch.stack((*relative_to(m, statistics, hyper), *shared))
-        with explained("the sum-reduction of the rows' statistics", shares.group):
+        packed = torch.stack((*relative_to(m, sums, hyper), *shared))
+        with explained("the sum-reduction of the rows' sums", shares.group):
             dist.all_reduce(packed, dist.ReduceOp.SUM, group=shares.group)
-        statistics = torch.cat((m[None], packed[:3]))
+        sums = torch.cat((m[None], packed[:3]))
         for index, tensor in zip(partial, packed[3:], strict=True):
             found[index] = tensor
-    return finish(statistics, target, total, RowTables(*found), *normalizers, hyper, ignore_index, reduction)
+    return finish(sums, target, total, RowTables(*found), *normalizers, hyper, ignore_index, reduction)
 
 
 class _ShardedLoss(torch.autograd.Function):
@@ -263,31 +263,31 @@ class _ShardedLoss(torch.autograd.Function):
     ) -> Tensor:
         hyper = Hyper(alpha, beta, gamma, s)
         if shares.local:
-            op = statistics_op(backend)
-            statistics = op(logits, target, shares.first, ignore_index, alpha, beta, s)
+            op = sums_op(backend)
+            sums = op(logits, target, shares.first, *hyper, ignore_index, reduction)
         else:
-            statistics = no_statistics(target.numel(), logits)
-        loss, stats, denominators = finish_rows(
-            shares, statistics, target, (margins, ldam_weight, focal_weight), (ldam_normalizer, focal_normalizer),
+            sums = no_sums(target.numel(), logits)
+        loss, saved, denominators = finish_rows(
+            shares, sums, target, (margins, ldam_weight, focal_weight), (ldam_normalizer, focal_normalizer),
             shares.local, hyper, ignore_index, reduction,
         )  # fmt: skip
-        ctx.save_for_backward(logits, target, stats, denominators)
-        ctx.options = backend, shares, hyper
+        ctx.save_for_backward(logits, target, saved, denominators)
+        ctx.options = backend, shares, (*hyper, ignore_index, reduction)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("lmf_loss with class_group")
-        backend, shares, (alpha, beta, _, s) = ctx.options
-        logits, target, stats, denominators = ctx.saved_tensors
+        backend, shares, options = ctx.options
+        logits, target, saved, denominators = ctx.saved_tensors
         if not shares.local:
             return (None, None, torch.empty_like(logits), *(None,) * 12)
-        arguments = target - shares.first, stats, denominators, alpha, beta, s
+        arguments = target - shares.first, saved, denominators, *options
         if backend in EAGER:
             grad = EAGER[backend][1](grad_output, logits, *arguments)
         else:
             grad = logits.detach().clone()
-            gradient_over_logits_op(backend)(grad_output, grad, *arguments)
+            backward_op_(backend)(grad_output, grad, *arguments)
         return (None, None, grad, *(None,) * 12)
 
 

@@ -68,7 +68,7 @@ def linear_lmf_loss(
             as in `lmf_loss`.
         memory_budget: bytes for a chunk of logits and its temporaries; None is 64 MiB, or 1/32 of all logits if that is
             more. Beyond inputs, gradients and, for half inputs, the weight gradient's float32 accumulator little else
-            is allocated: the statistics (5 numbers a row), and with `normalize` the normalised features.
+            is allocated: the sums (5 numbers a row), and with `normalize` the normalised features.
         class_group: the process group whose ranks hold the classes between them, or `ClassShares`; see `lmf_loss`.
             linear_weight and linear_bias are this rank's, input and target are the same on all ranks. Backward sums
             the features' gradient over the group; all ranks must agree on whether input requires one.

@@ -11,24 +11,24 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from ._call import Options, Tables, schema_of
 from .class_parallel import ClassShares, explained, refuse_second_derivative
 from .linear_chunks import GPU_SLICE, steps
 from .linear_passes import backward_by_chunks, forward_by_chunks
 from .reference import MEAN, NONE
-from .row_statistics import accumulation_dtype
+from .row_sums import accumulation_dtype
 
 _library = torch.library.Library("lmf_kernels", "FRAGMENT")
 _HEAD = "Tensor features, Tensor weight, Tensor? bias, Tensor target"
 _GRADIENTS = "Tensor grad_features, Tensor grad_weight, Tensor grad_bias"
 _library.define(
-    f"linear_forward({_HEAD}, Tensor? margins, Tensor? ldam_weight, Tensor? focal_weight, Tensor? ldam_normalizer, "
-    "Tensor? focal_normalizer, float alpha, float beta, float gamma, float s, int ignore_index, int reduction, "
+    f"linear_forward({_HEAD}, {schema_of(Tables)}, {schema_of(Options)}, "
     "bool normalize, str backend, int memory_budget, float scale, bool[] needs) -> "
-    f"(Tensor loss, Tensor stats, Tensor denominators, {_GRADIENTS})"
+    f"(Tensor loss, Tensor saved, Tensor denominators, {_GRADIENTS})"
 )
 _library.define(
-    f"linear_backward(Tensor grad_output, {_HEAD}, Tensor stats, Tensor denominators, float alpha, float beta, "
-    f"float s, bool normalize, str backend, int memory_budget, bool[] needs) -> ({_GRADIENTS})"
+    f"linear_backward(Tensor grad_output, {_HEAD}, Tensor saved, Tensor denominators, {schema_of(Options)}, "
+    f"bool normalize, str backend, int memory_budget, bool[] needs) -> ({_GRADIENTS})"
 )
 _library.impl("linear_forward", lambda *arguments: forward_by_chunks(None, *arguments), "CompositeExplicitAutograd")
 _library.impl("linear_backward", backward_by_chunks, "CompositeExplicitAutograd")
@@ -75,27 +75,27 @@ class LinearLoss(torch.autograd.Function):
         target: Tensor,
         *arguments: Any,
     ) -> Tensor:
-        alpha, beta, _, s, _, reduction, normalize, backend, memory_budget = arguments[5:]
+        alpha, beta, gamma, s, ignore_index, reduction, normalize, backend, memory_budget = arguments[5:]
         now = needs if reduction != NONE else (False,) * 3
         scale = _gradient_scale(features, alpha, beta, s, reduction) if any(now) else 1.0
         arguments = features, weight, bias, target, *arguments, scale, now
         if shares is None:
-            loss, stats, denominators, *gradients = torch.ops.lmf_kernels.linear_forward(*arguments)
+            loss, saved, denominators, *gradients = torch.ops.lmf_kernels.linear_forward(*arguments)
         else:
-            loss, stats, denominators, *gradients = forward_by_chunks(shares, *arguments)
-        saved = gradients if any(now) and torch.compiler.is_compiling() else []
-        ctx.save_for_backward(features, weight, bias, target, stats, denominators, *saved)
+            loss, saved, denominators, *gradients = forward_by_chunks(shares, *arguments)
+        kept = gradients if any(now) and torch.compiler.is_compiling() else []
+        ctx.save_for_backward(features, weight, bias, target, saved, denominators, *kept)
         # Not among the saved tensors: the first backward scales them in place and gives them away.
-        ctx.gradients = gradients if any(now) and not saved else None
+        ctx.gradients = gradients if any(now) and not kept else None
         ctx.scale = scale
         ctx.needs, ctx.shares = needs, shares
-        ctx.options = alpha, beta, s, normalize, backend, memory_budget
+        ctx.options = alpha, beta, gamma, s, ignore_index, reduction, normalize, backend, memory_budget
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("linear_lmf_loss")
-        features, weight, bias, target, stats, denominators, *gradients = ctx.saved_tensors
+        features, weight, bias, target, saved, denominators, *gradients = ctx.saved_tensors
         factor = None
         if ctx.gradients is not None:
             gradients, ctx.gradients = ctx.gradients, None
@@ -103,11 +103,11 @@ class LinearLoss(torch.autograd.Function):
             factor = grad_output / ctx.scale
         elif ctx.shares is None:
             gradients = torch.ops.lmf_kernels.linear_backward(
-                grad_output, features, weight, bias, target, stats, denominators, *ctx.options, ctx.needs
+                grad_output, features, weight, bias, target, saved, denominators, *ctx.options, ctx.needs
             )
         else:
             target = target - ctx.shares.first
-            arguments = grad_output, features, weight, bias, target, stats, denominators, *ctx.options, ctx.needs
+            arguments = grad_output, features, weight, bias, target, saved, denominators, *ctx.options, ctx.needs
             gradients = list(backward_by_chunks(*arguments))
         results = [
             _scaled(gradient, factor, features.dtype) if need else None

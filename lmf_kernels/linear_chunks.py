@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._ops import extra_copies
-from .row_statistics import accumulation_dtype
+from .row_sums import accumulation_dtype
 
 MEMORY_BUDGET = 64 << 20  # bytes for a chunk of logits and what is computed from it
 FEWEST_ROWS = 64  # of a chunk of whole rows: with fewer, matrix products wait for the weight from memory

@@ -37,14 +37,14 @@ needs_cuda_build = pytest.mark.skipif(not BUILT, reason="needs the CUDA kernels:
 POINTERS = {
     "forward": (
         "logits", "target", "margins", "ldam_weight", "focal_weight", "ldam_normalizer", "focal_normalizer", "loss",
-        "stats", "denominators", "partials",
+        "saved", "denominators", "partials",
     ),
-    "statistics": ("logits", "target", "statistics", "partials"),
-    "backward": ("grad_output", "logits", "target", "stats", "denominators", "grad_logits"),
+    "sums": ("logits", "target", "sums", "partials"),
+    "backward": ("grad_output", "logits", "target", "saved", "denominators", "grad_logits"),
 }  # fmt: skip
 WRITTEN = {
-    "forward": {"loss", "stats", "denominators", "partials"},
-    "statistics": {"statistics", "partials"},
+    "forward": {"loss", "saved", "denominators", "partials"},
+    "sums": {"sums", "partials"},
     "backward": {"grad_logits"},
 }
 MANGLED = {"half": "6__half", "bfloat16": "13__nv_bfloat16", "float": "f", "double": "d"}
@@ -59,7 +59,7 @@ def toolkit() -> Toolkit:
 @functools.cache
 def ptx(step: str, arch: int) -> dict[str, str]:
     """Kernel name -> a PTX module with that kernel alone."""
-    source = ROOT / "csrc" / f"lmf_cuda_{step}.cu"
+    source = ROOT / "csrc" / f"lmf_cuda_{'row_sums' if step == 'sums' else step}.cu"
     command = [toolkit().nvcc, *NVCC_FLAGS, "-ptx", f"-arch=sm_{arch}", "-lineinfo", source, "-o", "-"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     head, *kernels = re.split(r"(?=^\.visible \.entry )", text, flags=re.MULTILINE)
@@ -110,8 +110,8 @@ class Emulator:
     def backward_(self, *arguments: Any) -> None:
         _ops._C.trace_cuda_backward_(self._launch, self.multiprocessors, *arguments)
 
-    def statistics(self, *arguments: Any) -> Tensor:
-        return _ops._C.trace_cuda_statistics(self._launch, self.multiprocessors, *arguments)
+    def sums(self, *arguments: Any) -> Tensor:
+        return _ops._C.trace_cuda_sums(self._launch, self.multiprocessors, *arguments)
 
     def _launch(self, kernel: str, shape: list[int], params: bytes, tensors: list[Tensor | None]) -> None:
         loaded = module(kernel, self.arch)
@@ -172,7 +172,7 @@ class Emulator:
             return [(0, _size(tensor))]
         if self.tail is not None:
             rows = 0 if name in ("logits", "grad_logits") and tensor.dim() == 2 else -1
-            if name not in ("stats", "statistics") and tensor.dim() > 1 and rows:  # images
+            if name not in ("saved", "sums") and tensor.dim() > 1 and rows:  # images
                 tensor = tensor[-1:]
             tensor = tensor.narrow(rows, max(0, tensor.shape[rows] - self.tail), min(self.tail, tensor.shape[rows]))
         run, steps = 1, []
@@ -203,11 +203,11 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Emulator:
     """The native backend on CPU tensors is the emulated CUDA backend."""
     emulator = Emulator()
     monkeypatch.setitem(_ops.EAGER, "native", (emulator.forward, emulator.backward))
-    monkeypatch.setitem(_ops.SLICES, "native", (emulator.statistics, emulator.backward_))
+    monkeypatch.setitem(_ops.SLICES, "native", (emulator.sums, emulator.backward_))
     return emulator
 
 
 def pytest_configure(config: pytest.Config) -> None:
     emulator = Emulator()
     _ops.EAGER["native"] = _ops.OPS["native"] = (emulator.forward, emulator.backward)
-    _ops.SLICES["native"] = (emulator.statistics, emulator.backward_)
+    _ops.SLICES["native"] = (emulator.sums, emulator.backward_)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 import lmf_kernels
 from lmf_kernels import FocalLoss, LDAMLoss, LMFLoss, _ops, lmf_loss
+from lmf_kernels._call import Options
 
 DOCUMENTED = (ValueError, TypeError, IndexError, RuntimeError)
 VALID_EVERY = 20
@@ -249,9 +250,10 @@ def call_raw_op(rng: random.Random) -> Call:
     if rng.random() < 0.5:
         changed = replace(rng, arguments, list(arguments))
         return raw(forward, changed, arguments)
-    loss, stats, denominators = _ops.OPS["native"][0](*arguments.values())
-    arguments = {"grad_output": torch.ones_like(loss), "logits": z, "target": y, "stats": stats,
-                 "denominators": denominators, "alpha": 1.0, "beta": 1.0, "s": arguments["s"]}  # fmt: skip
+    loss, saved, denominators = _ops.OPS["native"][0](*arguments.values())
+    arguments = {"grad_output": torch.ones_like(loss), "logits": z, "target": y, "saved": saved,
+                 "denominators": denominators,
+                 **{name: arguments[name] for name in Options._fields}}  # fmt: skip
     changed = replace(rng, arguments, list(arguments))
     return raw(backward, changed, arguments)
 

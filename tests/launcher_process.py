@@ -24,9 +24,9 @@ from triton.backends.nvidia.driver import CudaDriver
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from gpu_offline import CASES, MULTIPROCESSORS
 
-from lmf_kernels import _triton, _triton_statistics, lmf_loss
+from lmf_kernels import _triton, _triton_sums, lmf_loss
 
-FORWARD, BACKWARD, STATISTICS = _triton.forward_kernel, _triton.backward_kernel, _triton_statistics.statistics_kernel
+FORWARD, BACKWARD, SUMS = _triton.forward_kernel, _triton.backward_kernel, _triton_sums.sums_kernel
 FORMAT = {"u64": "<Q", "s64": "<q", "b64": "<q", "u32": "<I", "s32": "<i", "b32": "<i", "f64": "<d", "f32": "<f"}
 BYTES = {name: struct.calcsize(text) for name, text in FORMAT.items()}
 
@@ -57,7 +57,7 @@ def compiled_kernels() -> dict[int, Any]:
     """By their handle, the address of their image, all that Triton has compiled and loaded."""
     return {
         binary.function: binary
-        for kernel in (FORWARD, BACKWARD, STATISTICS)
+        for kernel in (FORWARD, BACKWARD, SUMS)
         for cache, *_ in kernel.device_caches.values()
         for binary in cache.values()
     }
@@ -254,8 +254,8 @@ def call(variant: Variant, number: int, direct: bool, offset: int = 0) -> list[i
     assert (forward.kernel, backward.kernel) == (FORWARD, BACKWARD)
     rows, accumulated = target.numel(), torch.float64 if variant.dtype == torch.float64 else torch.float32
     C, stride_c = logits.shape[1], logits.stride(1)
-    stats, denominators = forward.values["stats"], forward.values["denominators"]
-    assert stats.shape == (5, rows) and stats.dtype == loss.dtype == accumulated
+    saved, denominators = forward.values["saved"], forward.values["denominators"]
+    assert saved.shape == (5, rows) and saved.dtype == loss.dtype == accumulated
     assert denominators.shape == ((2,) if variant.reduction == "mean" else (0,)) and denominators.dtype == accumulated
     partials, counter = forward.values["partials"], forward.values["counter"]
     if variant.reduction != "none" or forward.plan.tile.chunk < C:
@@ -270,7 +270,7 @@ def call(variant: Variant, number: int, direct: bool, offset: int = 0) -> list[i
     check_rows(read, ("stride_0", "stride_1", "stride_2"), logits, True)
     check_rows(read, ("target_0", "target_1", "target_2"), target, False)
 
-    known = same | {"stats": stats, "denominators": denominators, "s": options["s"]}
+    known = same | {"saved": saved, "denominators": denominators, "s": options["s"]}
     known |= {"grad_logits": grad, "grad_c": grad.stride(1)} | ({"grad_output": outer} if rows else {})
     read = check(backward, backward_seen, known)
     check_rows(read, ("stride_0", "stride_1", "stride_2"), logits, True)
@@ -281,8 +281,8 @@ def call(variant: Variant, number: int, direct: bool, offset: int = 0) -> list[i
 
     if variant.statistics:
         with torch.no_grad():
-            found = _triton_statistics.statistics(logits, target, 3, ignore_index, 1.25, 0.75, options["s"])
-        known = {name: same[name] for name in ("logits", "rows", "stride_c")} | {"statistics": found, "s": options["s"]}
+            found = _triton_sums.sums(logits, target, 3, 1.25, 0.75, 1.5, options["s"], ignore_index, 2)
+        known = {name: same[name] for name in ("logits", "rows", "stride_c")} | {"sums": found, "s": options["s"]}
         read = check(ASKED[2], SEEN[2], known)
         check_rows(read, ("stride_0", "stride_1", "stride_2"), logits, True)
         local = ASKED[2].values["target"]  # the labels as classes of the slice

@@ -77,7 +77,7 @@ def test_autocast_on_cuda_with_fake_tensors(dtype):
     with torch._subclasses.FakeTensorMode():
         with torch.device("cuda"):
             layer, y = nn.Linear(6, 4), torch.zeros(11, dtype=torch.long)
-            x, stats = torch.randn(11, 6), torch.randn(5, 11)
+            x, saved = torch.randn(11, 6), torch.randn(5, 11)
         torch.set_autocast_enabled("cuda", True)
         torch.set_autocast_dtype("cuda", dtype)
         try:
@@ -88,7 +88,7 @@ def test_autocast_on_cuda_with_fake_tensors(dtype):
             torch.set_autocast_dtype("cuda", before[1])
         # Autograd's engine would ask for the device; this is the op that it would call.
         backward = torch.ops.lmf_kernels.triton_backward
-        gradient = backward(torch.ones_like(loss), logits, y, stats, stats.new_empty(0), 1.0, 1.0, 30.0)
+        gradient = backward(torch.ones_like(loss), logits, y, saved, saved.new_empty(0), 1.0, 1.0, 1.5, 30.0, -100, 2)
     assert (logits.dtype, loss.dtype, gradient.dtype) == (dtype, torch.float32, dtype)
     assert {logits.device.type, loss.device.type, gradient.device.type} == {"cuda"}
     assert loss.requires_grad

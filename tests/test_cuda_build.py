@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 import lmf_kernels
 from lmf_kernels import _ops, lmf_loss
+from lmf_kernels._call import Options, Tables
 
 pytestmark = needs_cuda_build
 
@@ -39,7 +40,7 @@ def test_cuda_files_include_no_tensor_library():
         assert not re.search(r"#include <(ATen|c10|torch)", file.read_text()), file
 
 
-@pytest.mark.parametrize("step", ["forward", "backward", "statistics"])
+@pytest.mark.parametrize("step", ["forward", "backward", "sums"])
 def test_rows_are_finished_with_accurate_functions(step):
     """No lg2.approx (wrong near 1) and no other fast-math; only the exponentials of elements are approximate."""
     for name, text in ptx(step, 90).items():
@@ -66,15 +67,19 @@ def test_loss_and_gradient_of_fake_cuda_tensors(reduction, dtype):
         loss = lmf_loss(logits, target, reduction=reduction, weight=fake((5,)), backend="native")
         assert loss.device.type == "cuda" and loss.shape == (target.shape if reduction == "none" else ())
         assert loss.requires_grad and "FusedLoss" in loss.grad_fn.name()
-        _, stats, denominators = forward_op(logits, target, reduction)
-        grad = _ops.OPS["native"][1](torch.ones_like(loss), logits, target, stats, denominators, 1.0, 1.0, 30.0)
+        _, saved, denominators = forward_op(logits, target, reduction)
+        options = options_of(reduction)
+        grad = _ops.OPS["native"][1](torch.ones_like(loss), logits, target, saved, denominators, *options)
         assert grad.device == logits.device and grad.dtype == dtype
         assert grad.stride() == torch.empty_like(logits).stride()
 
 
 def forward_op(logits, target, reduction="mean"):
-    code = ("none", "mean", "sum").index(reduction)
-    return _ops.OPS["native"][0](logits, target, *[None] * 5, 1.0, 1.0, 1.5, 30.0, -100, code)
+    return _ops.OPS["native"][0](logits, target, *Tables(), *options_of(reduction))
+
+
+def options_of(reduction):
+    return Options(1.0, 1.0, 1.5, 30.0, -100, ("none", "mean", "sum").index(reduction))
 
 
 def test_ops_have_cuda_kernels_and_pass_opcheck_as_far_as_it_goes_without_a_gpu():
@@ -85,21 +90,22 @@ def test_ops_have_cuda_kernels_and_pass_opcheck_as_far_as_it_goes_without_a_gpu(
     assert "native" in _ops.available_backends(torch.device("cuda"))
     with FakeTensorMode():
         logits, target = fake((4, 5)).requires_grad_(), fake((4,), torch.int64)
-        arguments = (logits, target, None, fake((5,)), None, None, None, 1.0, 1.0, 1.5, 30.0, -100, 1)
+        options = options_of("mean")
+        arguments = (logits, target, *Tables(ldam_weight=fake((5,))), *options)
         torch.library.opcheck(forward, arguments, test_utils="test_autograd_registration")
-        loss, stats, denominators = forward(*arguments)
-        arguments = (torch.ones_like(loss), logits, target, stats, denominators, 1.0, 1.0, 30.0)
+        loss, saved, denominators = forward(*arguments)
+        arguments = (torch.ones_like(loss), logits, target, saved, denominators, *options)
         torch.library.opcheck(backward, arguments, test_utils="test_autograd_registration")
 
 
-def test_statistics_and_gradient_over_fake_cuda_logits():
+def test_sums_and_gradient_over_fake_cuda_logits():
     """As in memory estimates."""
-    statistics, backward_ = _ops.SLICES["native"]
+    sums, backward_ = _ops.SLICES["native"]
     with FakeTensorMode():
         logits, target = fake((4, 5, 3), torch.bfloat16), fake((4, 3), torch.int64)
-        result = statistics(logits, target, 0, -100, 1.0, 1.0, 30.0)
+        result = sums(logits, target, 0, *options_of("sum"))
         assert result.shape == (4, 12) and result.dtype == torch.float32 and result.device == logits.device
-        assert backward_(fake(()), logits, target, fake((5, 12)), fake((0,)), 1.0, 1.0, 30.0) is None
+        assert backward_(fake(()), logits, target, fake((5, 12)), fake((0,)), *options_of("sum")) is None
 
 
 def test_graph_of_cuda_tensors_holds_one_op():

@@ -11,7 +11,11 @@ from checks import assert_exact, check
 from cuda_emulator import emulated_cuda, needs_cuda_build  # noqa: F401  (the fixture `cuda`)
 from oracle import expected
 
-from lmf_kernels.row_statistics import slice_statistics
+from lmf_kernels._call import Options
+from lmf_kernels.reference import NONE
+from lmf_kernels.row_sums import slice_sums
+
+OPTIONS = Options(1.0, 1.0, 1.5, 5.0, -100, NONE)
 
 pytestmark = needs_cuda_build
 
@@ -49,8 +53,8 @@ def huge_batch(kernel, labels, cuda):
 def test_last_block_of_a_huge_launch(kernel, cuda):
     logits, target, last, blocks = huge_batch(kernel, LAST_BLOCK[kernel][0][1], cuda)
     outer = torch.tensor(0.5).expand(target.shape)
-    loss, stats, denominators = cuda.forward(logits, target, *[None] * 5, 1.0, 1.0, 1.5, 30.0, -100, 0)
-    grad = cuda.backward(outer, logits, target, stats, denominators, 1.0, 1.0, 30.0)
+    loss, saved, denominators = cuda.forward(logits, target, *[None] * 5, 1.0, 1.0, 1.5, 30.0, -100, 0)
+    grad = cuda.backward(outer, logits, target, saved, denominators, 1.0, 1.0, 1.5, 30.0, -100, NONE)
     for launch in cuda.launches:
         assert launch.kernel.split()[0].split("_")[1] == {"images": "planes"}.get(kernel, kernel.split()[0])
         assert launch.blocks == blocks
@@ -64,18 +68,18 @@ def test_last_block_of_a_huge_launch(kernel, cuda):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["flat", "rows", "pixels 1", "pixels 8"])
-def test_last_block_of_huge_statistics_and_of_a_gradient_over_the_logits(kernel, cuda):
+def test_last_block_of_huge_sums_and_of_a_gradient_over_the_logits(kernel, cuda):
     classes = LAST_BLOCK[kernel][0][1]
     logits, target, last, blocks = huge_batch(kernel, 2 * classes, cuda)
-    statistics = cuda.statistics(logits, target, classes // 2, -100, 1.0, 1.0, 5.0)
+    sums = cuda.sums(logits, target, classes // 2, *OPTIONS)
     small, labels = logits[last].clone(), target[last[::2]].clone()
-    exact = slice_statistics(small.double(), labels, classes // 2, -100, 1.0, 1.0, 5.0)
-    assert_exact(statistics[:, -exact.shape[1] :], exact, "m, t1, t2, z_y")
+    exact = slice_sums(small.double(), labels, classes // 2, *OPTIONS)
+    assert_exact(sums[:, -exact.shape[1] :], exact, "m, t1, t2, z_y")
 
-    stats, outer, none = torch.empty(5, target.numel()), torch.tensor(0.5).expand(target.shape), torch.empty(0)
-    stats[:, -cuda.tail :] = torch.rand(5, cuda.tail)
-    beside = cuda.backward(outer, logits, target, stats, none, 1.0, 1.0, 5.0)
-    cuda.backward_(outer, logits, target, stats, none, 1.0, 1.0, 5.0)
+    saved, outer, none = torch.empty(5, target.numel()), torch.tensor(0.5).expand(target.shape), torch.empty(0)
+    saved[:, -cuda.tail :] = torch.rand(5, cuda.tail)
+    beside = cuda.backward(outer, logits, target, saved, none, *OPTIONS)
+    cuda.backward_(outer, logits, target, saved, none, *OPTIONS)
     assert torch.equal(logits[last], beside[last]) and not torch.equal(logits[last], small)
     assert [launch.blocks for launch in cuda.launches] == [blocks] * 3
 
@@ -87,6 +91,6 @@ def test_rows_that_are_far_apart(classes, multiprocessors, chunks, cuda):
     logits.copy_(torch.randn(2, classes))
     target = torch.tensor([classes - 1, 3])
     check(logits, target, "native", torch.rand(2), reduction="none")
-    exact = slice_statistics(logits.double(), target, 0, -100, 1.0, 1.0, 5.0)
-    assert_exact(cuda.statistics(logits, target, 0, -100, 1.0, 1.0, 5.0), exact)
+    exact = slice_sums(logits.double(), target, 0, *OPTIONS)
+    assert_exact(cuda.sums(logits, target, 0, *OPTIONS), exact)
     assert [cuda.launches[i].blocks for i in (0, 2)] == [2 * chunks if chunks > 1 else 1] * 2

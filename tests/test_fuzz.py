@@ -104,10 +104,10 @@ def test_labels_changed_before_backward_write_nowhere(label, classes):
     z, y = torch.randn(3, classes), torch.tensor([0, 1, 2])
     arguments = (z, y, None, None, None, None, None, 1.0, 1.0, 1.5, 30.0, -100, 1)
     for forward, backward in (_ops.OPS["native"], _ops.EAGER["native"]):
-        _, stats, denominators = forward(*arguments)
-        right = backward(torch.tensor(1.0), z, y, stats, denominators, 1.0, 1.0, 30.0)
+        _, saved, denominators = forward(*arguments)
+        right = backward(torch.tensor(1.0), z, y, saved, denominators, *arguments[7:])
         grad = backward(
-            torch.tensor(1.0), z, y.index_fill(0, torch.tensor(1), label), stats, denominators, 1.0, 1.0, 30.0
+            torch.tensor(1.0), z, y.index_fill(0, torch.tensor(1), label), saved, denominators, *arguments[7:]
         )
         assert torch.equal(grad[[0, 2]], right[[0, 2]])
 

@@ -11,7 +11,8 @@ from torch.func import grad, jacrev, vmap
 from torch.utils.checkpoint import checkpoint
 
 from lmf_kernels import LMFLoss, _ops, global_normalizer, linear_lmf_loss, lmf_loss
-from lmf_kernels.row_statistics import slice_statistics
+from lmf_kernels.reference import SUM
+from lmf_kernels.row_sums import slice_sums
 
 CUDA = torch.device("cuda")  # which the stubs of tests/gpu_stubs.py replace
 COUNTS = [500, 80, 9, 40]
@@ -75,7 +76,7 @@ def test_compiled_without_recompilation(backend):
         exact_loss, exact_grad = exact(z, y, criterion)
         assert_exact(loss.cpu(), exact_loss)
         assert_exact(torch.autograd.grad(loss, z)[0].cpu(), exact_grad)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["saved"]["unique_graphs"] == 1
 
 
 def test_cuda_graph_sees_new_weights(backend):
@@ -134,17 +135,18 @@ def test_checkpointing_and_double_backward(backend):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_slices_of_the_classes(shape, dtype, backend):
     """Statistics of a slice, and the gradient written over its logits alone."""
-    statistics, backward_ = _ops.SLICES[backend]
+    sums, backward_ = _ops.SLICES[backend]
     whole = torch.randn(shape, device=CUDA).to(dtype)
     z = whole[:, 3:]
     y = torch.randint(0, shape[1] + 9, (shape[0], *shape[2:]), device=CUDA)
-    got = statistics(z, y, 3, 5, 1.0, 1.0, 5.0)
-    assert_exact(got.cpu(), slice_statistics(z.cpu().double(), y.cpu(), 3, 5, 1.0, 1.0, 5.0))
-    stats = torch.rand(5, y.numel(), device=CUDA, dtype=got.dtype)
-    none, outer = stats.new_empty(0), stats.new_tensor(0.5)
+    options = 1.0, 1.0, 1.5, 5.0, 5, SUM
+    got = sums(z, y, 3, *options)
+    assert_exact(got.cpu(), slice_sums(z.cpu().double(), y.cpu(), 3, *options))
+    saved = torch.rand(5, y.numel(), device=CUDA, dtype=got.dtype)
+    none, outer = saved.new_empty(0), saved.new_tensor(0.5)
     before = whole.clone()
-    beside = _ops.EAGER[backend][1](outer, z, y - 3, stats, none, 1.0, 1.0, 5.0)
-    backward_(outer, z, y - 3, stats, none, 1.0, 1.0, 5.0)
+    beside = _ops.EAGER[backend][1](outer, z, y - 3, saved, none, *options)
+    backward_(outer, z, y - 3, saved, none, *options)
     assert torch.equal(z, beside) and torch.equal(whole[:, :3], before[:, :3])
 
 

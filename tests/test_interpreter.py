@@ -17,7 +17,7 @@ FILES = (  # the longest first
     "test_precision.py",
     "test_linear.py",
     "test_layouts.py",
-    "test_row_statistics.py",
+    "test_row_sums.py",
     "test_pairwise.py",
     "test_edges.py",
     "test_reductions.py",

@@ -255,8 +255,8 @@ def test_opcheck():
     options = (1.0, 1.0, 1.5, 4.0, -100, 1, True, "native", 400)
     arguments = (x, w, b, y, *tables.values(), None, None, *options, 1.0, [True, False, True])
     torch.library.opcheck(torch.ops.lmf_kernels.linear_forward.default, arguments)
-    _, stats, denominators, *_ = torch.ops.lmf_kernels.linear_forward(*arguments)
-    arguments = (torch.tensor(1.0), x, w, b, y, stats, denominators, 1.0, 1.0, 4.0, True, "native", 400, [True] * 3)
+    _, saved, denominators, *_ = torch.ops.lmf_kernels.linear_forward(*arguments)
+    arguments = (torch.tensor(1.0), x, w, b, y, saved, denominators, *options, [True] * 3)
     torch.library.opcheck(torch.ops.lmf_kernels.linear_backward.default, arguments)
 
 

@@ -1,4 +1,4 @@
-"""The registered ops: what torch asks of a custom op, and the statistics that forward hands to backward."""
+"""The registered ops: what torch asks of a custom op, and what forward hands to backward."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from checks import INTERPRETED, accumulated, assert_exact
 from oracle import expected
 
 import lmf_kernels  # noqa: F401  (registers the ops)
+from lmf_kernels._call import Options, Tables
 
 FUSED = ["triton"] if INTERPRETED else ["native"]
 REDUCTION = {"none": 0, "mean": 1, "sum": 2}
@@ -21,13 +22,12 @@ def ops(fused):
     return (getattr(torch.ops.lmf_kernels, f"{fused}_{step}").default for step in ("forward", "backward"))
 
 
-def forward_arguments(z, y, reduction="mean", **options):
-    values = dict(
-        margins=None, ldam_weight=None, focal_weight=None, ldam_normalizer=None, focal_normalizer=None,
-        alpha=1.3, beta=0.7, gamma=1.5, s=5.0, ignore_index=-100,
-    )  # fmt: skip
-    values.update(options)
-    return (z, y, *values.values(), REDUCTION[reduction])
+def options_of(reduction):
+    return Options(alpha=1.3, beta=0.7, gamma=1.5, s=5.0, ignore_index=-100, reduction=REDUCTION[reduction])
+
+
+def forward_arguments(z, y, reduction="mean", alpha=1.3, beta=0.7, **tables):
+    return z, y, *Tables(**tables), *options_of(reduction)._replace(alpha=alpha, beta=beta)
 
 
 def batch(dtype=torch.float32, shape=(9, 5)):
@@ -45,12 +45,15 @@ def test_dtypes_and_shapes_of_the_outputs(fused):
             else:
                 z, y, _ = batch(dtype, shape)
             for reduction in REDUCTION:
-                loss, stats, denominators = forward(*forward_arguments(z, y, reduction))
-                assert {loss.dtype, stats.dtype, denominators.dtype} == {accumulated(dtype)}
+                arguments = forward_arguments(z, y, reduction)
+                loss, saved, denominators = forward(*arguments)
+                assert {loss.dtype, saved.dtype, denominators.dtype} == {accumulated(dtype)}
                 assert loss.shape == (y.shape if reduction == "none" else ())
-                assert stats.shape == (5, y.numel()) and stats.is_contiguous()
+                assert saved.shape == (5, y.numel()) and saved.is_contiguous()
                 assert denominators.shape == (2 if reduction == "mean" else 0,)
-                grad = backward(torch.ones_like(loss), z, y, stats, denominators, 1.3, 0.7, 5.0)
+                grad = backward(
+                    torch.ones_like(loss), z, y, saved, denominators, *forward_arguments(z, y, reduction)[7:]
+                )
                 assert grad.dtype == dtype and grad.shape == z.shape
 
 
@@ -65,7 +68,7 @@ def test_denominators(fused):
 
 
 @pytest.mark.parametrize("shape", [(9, 5), (4, 5, 3), (3, 5, 2, 2)])
-def test_statistics(shape, fused):
+def test_saved_numbers(shape, fused):
     """Rows in the target's order; the weights and coefficients are inside."""
     forward, _ = ops(fused)
     z, y, w = batch(shape=shape)
@@ -84,22 +87,22 @@ def test_statistics(shape, fused):
         assert_exact(g[kept], -grad[kept, labels[kept]])
 
 
-def test_statistics_of_rows_that_do_not_move_are_zero(fused):
+def test_saved_numbers_of_rows_that_do_not_move_are_zero(fused):
     forward, backward = ops(fused)
     inf, nan = math.inf, math.nan
     z = torch.tensor([[nan, 1.0, 2.0], [1.0, -inf, -inf], [nan, inf, 0.0], [0.0, 1.0, 2.0]])
     y, w = torch.tensor([-100, 0, 2, 1]), torch.tensor([1.0, 1.0, 0.0])
     for reduction in REDUCTION:
         arguments = forward_arguments(z, y, reduction, ldam_weight=w, focal_weight=w)
-        loss, stats, denominators = forward(*arguments)
-        assert (stats[1:, :3] == 0).all() and (stats[1:, 3] > 0).all()
+        loss, saved, denominators = forward(*arguments)
+        assert (saved[1:, :3] == 0).all() and (saved[1:, 3] > 0).all()
         for outer in (1.0, inf, nan):  # neither the logits nor the upstream gradient are looked at
-            grad = backward(torch.full_like(loss, outer), z, y, stats, denominators, 1.3, 0.7, 5.0)
+            grad = backward(torch.full_like(loss, outer), z, y, saved, denominators, *options_of(reduction))
             assert (grad[:3] == 0).all()
 
 
 @pytest.mark.parametrize("special, name", [(math.nan, "NaN"), (math.inf, "+inf")])
-def test_statistics_of_poisoned_rows_are_nan_for_live_terms_only(special, name, fused):
+def test_saved_numbers_of_poisoned_rows_are_nan_for_live_terms_only(special, name, fused):
     forward, _ = ops(fused)
     z = torch.tensor([[0.0, special, 2.0], [0.0, 1.0, 2.0]])
     y, zero = torch.tensor([0, 1]), torch.tensor([0.0, 1.0, 1.0])
@@ -111,7 +114,7 @@ def test_statistics_of_poisoned_rows_are_nan_for_live_terms_only(special, name, 
     assert ldam_only[[2, 4], 0].isnan().all() and (ldam_only[[1, 3], 0] == 0).all()
 
 
-def test_a_term_with_coefficient_zero_has_no_statistics(fused):
+def test_a_term_with_coefficient_zero_saves_zeros(fused):
     forward, _ = ops(fused)
     z, y, _ = batch()
     assert (forward(*forward_arguments(z, y, alpha=0.0))[1][[2, 4]] == 0).all()
@@ -121,8 +124,8 @@ def test_a_term_with_coefficient_zero_has_no_statistics(fused):
 def test_backward_reads_each_terms_own_denominator(fused):
     forward, backward = ops(fused)
     z, y, w = batch()
-    _, stats, _ = forward(*forward_arguments(z, y, "sum", ldam_weight=w))
-    grad = backward(torch.tensor(2.0), z, y, stats, torch.tensor([3.0, 5.0]), 1.3, 0.7, 5.0)
+    _, saved, _ = forward(*forward_arguments(z, y, "sum", ldam_weight=w))
+    grad = backward(torch.tensor(2.0), z, y, saved, torch.tensor([3.0, 5.0]), *options_of("mean"))
     want = expected(
         z, y, alpha=1.3, beta=0.7, s=5.0, ldam_weight=w, normalizer=(3.0, 5.0), grad_output=torch.tensor(2.0)
     )
@@ -138,8 +141,8 @@ def test_opcheck(shape, dtype, reduction, fused):
     z, y, w = batch(dtype, shape)
     tables = dict(margins=torch.rand(5), ldam_weight=w, focal_weight=w.double())
     torch.library.opcheck(forward, forward_arguments(z.clone().requires_grad_(), y, reduction, **tables))
-    loss, stats, denominators = forward(*forward_arguments(z, y, reduction, **tables))
-    torch.library.opcheck(backward, (torch.ones_like(loss), z, y, stats, denominators, 1.3, 0.7, 5.0))
+    loss, saved, denominators = forward(*forward_arguments(z, y, reduction, **tables))
+    torch.library.opcheck(backward, (torch.ones_like(loss), z, y, saved, denominators, *options_of(reduction)))
 
 
 @pytest.mark.parametrize("reduction", list(REDUCTION))
@@ -150,9 +153,9 @@ def test_fake_outputs_lay_out_like_real_ones(reduction, fused):
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake_z, fake_y = mode.from_tensor(z), mode.from_tensor(y)
         fakes = forward(*forward_arguments(fake_z, fake_y, reduction))
-        fake_grad = backward(torch.ones_like(fakes[0]), fake_z, fake_y, *fakes[1:], 1.3, 0.7, 5.0)
+        fake_grad = backward(torch.ones_like(fakes[0]), fake_z, fake_y, *fakes[1:], *options_of(reduction))
     reals = forward(*forward_arguments(z, y, reduction))
-    grad = backward(torch.ones_like(reals[0]), z, y, *reals[1:], 1.3, 0.7, 5.0)
+    grad = backward(torch.ones_like(reals[0]), z, y, *reals[1:], *options_of(reduction))
     for fake, real in zip((*fakes, fake_grad), (*reals, grad), strict=True):
         assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
 
@@ -163,9 +166,9 @@ def test_forward_op_is_differentiable(reduction, fused):
     forward, _ = ops(fused)
     z, y, w = batch()
     z.requires_grad_()
-    loss, stats, denominators = forward(*forward_arguments(z, y, reduction, ldam_weight=w))
+    loss, saved, denominators = forward(*forward_arguments(z, y, reduction, ldam_weight=w))
     outer = torch.rand_like(loss)
     (grad,) = torch.autograd.grad(loss, z, outer)
     options = dict(alpha=1.3, beta=0.7, s=5.0, reduction=reduction, grad_output=outer)
     assert_exact(grad, expected(z, y, ldam_weight=w, **options)[1])
-    assert not stats.requires_grad and not denominators.requires_grad
+    assert not saved.requires_grad and not denominators.requires_grad

@@ -160,8 +160,8 @@ def test_the_registered_op_is_the_same_code():
     z, y = torch.randn(5, 7), torch.tensor([0, 1, 2, 3, 6])
     forward, backward = _ops.OPS["triton"]
     with emulate(target=90):
-        loss, stats, denominators = forward(z, y, None, None, None, None, None, 1.0, 1.0, 1.5, 30.0, -100, 1)
-        grad = backward(torch.tensor(1.0), z, y, stats, denominators, 1.0, 1.0, 30.0)
+        loss, saved, denominators = forward(z, y, None, None, None, None, None, 1.0, 1.0, 1.5, 30.0, -100, 1)
+        grad = backward(torch.tensor(1.0), z, y, saved, denominators, 1.0, 1.0, 1.5, 30.0, -100, 1)
         leaf = z.requires_grad_()
         direct = lmf_loss(leaf, y, backend="triton")
         assert torch.equal(loss, direct) and torch.equal(grad, torch.autograd.grad(direct, leaf)[0])

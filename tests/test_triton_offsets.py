@@ -29,7 +29,7 @@ def last_programs(kernel, device, plan, tensors, scalars, terms, reduction):
     given = {name: tensor for name, tensor in values.items() if is_tensor(tensor)}
     gpu = Device()
     gpu.mem = Memory(capacity=(1 << 24) + sum(map(_size, given.values())))
-    outputs = ("grad_logits",) if "grad_logits" in given else ("loss", "stats")
+    outputs = ("grad_logits",) if "grad_logits" in given else ("loss", "saved")
     placed = {name: emulator._to_device(gpu, name, tensor, name in outputs) for name, tensor in given.items()}
     pointers = {name: pointer for name, (pointer, _) in placed.items()}
     signature, constants, attributes = specialise(function, values, pointers)
@@ -60,11 +60,11 @@ def test_last_programs_of_a_huge_launch(regime, monkeypatch):
     logits[-TAIL:] = torch.randn(TAIL, classes).bfloat16()
     target[-TAIL:] = torch.randint(0, classes, (TAIL,))
 
-    loss, stats, denominators = _triton.forward(logits, target, *[None] * 5, 1.0, 1.0, 1.5, 30.0, -100, 0)
+    loss, saved, denominators = _triton.forward(logits, target, *[None] * 5, 1.0, 1.0, 1.5, 30.0, -100, 0)
     outer = torch.tensor(0.5).expand(rows)
     exact_loss, exact_grad = expected(
         logits[-5:].clone(), target[-5:].clone(), reduction="none", grad_output=torch.full((5,), 0.5)
     )
     assert_exact(loss[-5:], exact_loss, "loss")
-    grad = _triton.backward(outer, logits, target, stats, denominators, 1.0, 1.0, 30.0)
+    grad = _triton.backward(outer, logits, target, saved, denominators, 1.0, 1.0, 1.5, 30.0, -100, 0)
     assert_exact(grad[-5:], exact_grad, "gradient")

@@ -35,4 +35,4 @@ pytest $(files edges layouts reductions ops pairwise precision backward errors m
 pytest -m slow $(files triton_compiles)
 pytest $(files triton_launch launcher gpu_report)
 pytest $(files triton_emulated) -k "reductions_of_many or terms_and_precision or test_float64 or registered_op"
-TRITON_INTERPRET=1 OMP_NUM_THREADS=1 pytest $(files edges reductions row_statistics) -k triton
+TRITON_INTERPRET=1 OMP_NUM_THREADS=1 pytest $(files edges reductions row_sums) -k triton

@@ -25,7 +25,7 @@ CPU_SOURCES = [
 CUDA_SOURCES = [  # the longest to compile first
     "csrc/lmf_cuda_forward.cu",
     "csrc/lmf_cuda_backward.cu",
-    "csrc/lmf_cuda_statistics.cu",
+    "csrc/lmf_cuda_row_sums.cu",
     "csrc/lmf_cuda_plan.cpp",
     "csrc/lmf_cuda_call.cpp",
     "csrc/lmf_cuda.cpp",

@@ -1,8 +1,8 @@
-"""The loss from statistics of rows over slices of their classes, in eager PyTorch with reference.py's equations.
+"""The loss from sums of rows over slices of their classes, in eager PyTorch with reference.py's equations.
 
 Where no one holds a whole row, because its classes come in chunks or are spread over ranks, every slice gives the
-statistics (4, rows) = m, t1, t2, z_y of eq. 1 over its own competitors (z_y = 0 where it does not hold the target), and
-`combine` or an all-reduce joins them. `finish` is eq. 2 to 7 on whole rows and `write_gradient` eq. 8 on a slice.
+sums (4, rows) = m, t1, t2, z_y of eq. 1 over its own competitors (z_y = 0 where it does not hold the target), and
+`combine` or an all-reduce joins them. `finish` is eq. 2 to 7 on whole rows and `backward_` eq. 8 on a slice.
 
 With one exponential (alpha = 0, beta = 0 or s = 1) t1 and t2 are the same sum, with the exponent of the one term.
 """
@@ -42,52 +42,54 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def slice_statistics(
+def slice_sums(
     logits: Tensor,  # (N, C, ...)
     target: Tensor,  # (N, ...)
     first_class: int,
-    ignore_index: int,
     alpha: float,
     beta: float,
+    gamma: float,
     s: float,
+    ignore_index: int,
+    reduction: int,
 ) -> Tensor:
-    """Eq. 1 over the classes [first_class, first_class + C): the eager version of the `<backend>_statistics` ops."""
+    """Eq. 1 over the classes [first_class, first_class + C): the eager version of the `<backend>_sums` ops."""
     z = _rows(logits).to(accumulation_dtype(logits.dtype), copy=True)
     y, here = _local_labels(target, first_class, z.shape[1], ignore_index)
     z_y = torch.where(here, z.gather(1, y[:, None]).squeeze(1), 0.0)
     z.scatter_(1, y[:, None], torch.where(here, -math.inf, z.gather(1, y[:, None]).squeeze(1))[:, None])
     m = z.amax(1)
-    scale_1, scale_2 = Hyper(alpha, beta, 0.0, s).scales
+    scale_1, scale_2 = Hyper(alpha, beta, gamma, s).scales
     d = z.sub_(torch.where(m == -math.inf, 0.0, m)[:, None])
     t1 = (d * scale_1).exp_().sum(1)
     t2 = t1 if scale_1 == scale_2 else d.mul_(scale_2).exp_().sum(1)
     return torch.stack((m, t1, t2, z_y))
 
 
-def no_statistics(rows: int, like: Tensor) -> Tensor:
-    """The statistics (4, rows) of no classes."""
-    statistics = torch.zeros((4, rows), dtype=accumulation_dtype(like.dtype), device=like.device)
-    statistics[0] = -math.inf
-    return statistics
+def no_sums(rows: int, like: Tensor) -> Tensor:
+    """The sums (4, rows) of no classes."""
+    sums = torch.zeros((4, rows), dtype=accumulation_dtype(like.dtype), device=like.device)
+    sums[0] = -math.inf
+    return sums
 
 
-def relative_to(m: Tensor, statistics: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor, Tensor]:
-    """t1, t2, z_y with the sums relative to m, which is at least the statistics' own maximum."""
-    own, t1, t2, z_y = statistics.unbind()
+def relative_to(m: Tensor, sums: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor, Tensor]:
+    """t1, t2, z_y with the sums relative to m, which is at least the sums' own maximum."""
+    own, t1, t2, z_y = sums.unbind()
     change = torch.where(own == m, 0.0, own - m)
     scale_1, scale_2 = hyper.scales
     return t1 * (change * scale_1).exp(), t2 * (change * scale_2).exp(), z_y
 
 
 def combine(one: Tensor, other: Tensor, hyper: Hyper) -> Tensor:
-    """The statistics of two slices together."""
+    """The sums of two slices together."""
     m = torch.maximum(one[0], other[0])
     sums = zip(relative_to(m, one, hyper), relative_to(m, other, hyper), strict=True)
     return torch.stack((m, *(a + b for a, b in sums)))
 
 
 def finish(
-    statistics: Tensor,  # (4, rows)
+    sums: Tensor,  # (4, rows)
     target: Tensor,  # (...), with as many elements as rows
     num_classes: int,
     tables: RowTables,
@@ -97,9 +99,9 @@ def finish(
     ignore_index: int,
     reduction: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 2 to 7 and the edges: (loss, stats (5, rows) = m, c1, c2, g1, g2, denominators), as the forward ops."""
+    """Eq. 2 to 7 and the edges: (loss, saved (5, rows) = m, c1, c2, g1, g2, denominators), as the forward ops."""
     alpha, beta, gamma, s = hyper
-    m, t1, t2, z_y = statistics.unbind()
+    m, t1, t2, z_y = sums.unbind()
     y = target.reshape(-1)
     kept = y != ignore_index
     valid = kept & (y >= 0) & (y < num_classes)
@@ -130,9 +132,9 @@ def finish(
         ldam = weighted(softplus(b), w_ldam)
         g2 = weighted(alpha * s * torch.sigmoid(b), w_ldam)
         c2 = torch.where(g2 == 0, 0.0, g2 / t2)
-    stats = torch.stack((torch.where(m == -math.inf, 0.0, m), c1, c2, g1, g2))
+    saved = torch.stack((torch.where(m == -math.inf, 0.0, m), c1, c2, g1, g2))
     if reduction == NONE:
-        return (alpha * ldam + beta * focal).reshape(target.shape), stats, m.new_empty(0)
+        return (alpha * ldam + beta * focal).reshape(target.shape), saved, m.new_empty(0)
     sum_ldam, sum_focal, denominators = ldam.sum(), focal.sum(), m.new_empty(0)
     if reduction == MEAN:
         denominators = torch.stack(
@@ -147,38 +149,41 @@ def finish(
         loss = loss + alpha * sum_ldam
     if beta != 0:
         loss = loss + beta * sum_focal
-    return loss, stats, denominators
+    return loss, saved, denominators
 
 
-def write_gradient(
+def backward_(
     grad_output: Tensor,
     logits: Tensor,  # (N, C, ...), overwritten
     target: Tensor,  # (N, ...), counted from the slice's first class
-    stats: Tensor,
+    saved: Tensor,
     denominators: Tensor,
     alpha: float,
     beta: float,
+    gamma: float,
     s: float,
+    ignore_index: int,
+    reduction: int,
 ) -> None:
     """Eq. 8 over a slice of the classes: the eager version of the `<backend>_backward_` ops."""
-    m, c1, c2, g1, g2 = stats.unbind()
+    m, c1, c2, g1, g2 = saved.unbind()
     r1 = r2 = grad_output.reshape(-1).to(m.dtype)
     if denominators.numel():
         r2, r1 = r1 / denominators[0], r1 / denominators[1]
-    k1, g1 = (torch.where(c1 == 0, 0.0, r1 * value) for value in (c1, g1))
-    k2, g2 = (torch.where(c2 == 0, 0.0, r2 * value) for value in (c2, g2))
-    live = (k1 != 0) | (k2 != 0)
+    rc1, g1 = (torch.where(c1 == 0, 0.0, r1 * value) for value in (c1, g1))
+    rc2, g2 = (torch.where(c2 == 0, 0.0, r2 * value) for value in (c2, g2))
+    live = (rc1 != 0) | (rc2 != 0)
     z = _rows(logits).to(m.dtype, copy=True)
     d = z.masked_fill_(~live[:, None], 0.0).sub_(m[:, None])
-    scale_1, scale_2 = Hyper(alpha, beta, 0.0, s).scales
+    scale_1, scale_2 = Hyper(alpha, beta, gamma, s).scales
     if scale_1 == scale_2:
-        grad = d.mul_(scale_1).exp_().mul_((k1 + k2)[:, None])
+        grad = d.mul_(scale_1).exp_().mul_((rc1 + rc2)[:, None])
     else:
-        grad = (d * scale_1).exp_().mul_(k1[:, None])
-        grad += d.mul_(scale_2).exp_().mul_(k2[:, None])
+        grad = (d * scale_1).exp_().mul_(rc1[:, None])
+        grad += d.mul_(scale_2).exp_().mul_(rc2[:, None])
     y, here = _local_labels(target, 0, z.shape[1], None)
-    at_target = torch.where(here, -(g1 + g2), grad.gather(1, y[:, None]).squeeze(1))
-    grad.scatter_(1, y[:, None], at_target[:, None])
+    grad_y = torch.where(here, -(g1 + g2), grad.gather(1, y[:, None]).squeeze(1))
+    grad.scatter_(1, y[:, None], grad_y[:, None])
     grad.masked_fill_(~live[:, None], 0.0)
     rows = logits.movedim(1, -1)
     rows.copy_(grad.reshape(rows.shape))

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import test_linear
-import test_row_statistics
+import test_row_sums
 import torch
 from checks import DTYPES, accumulated, assert_exact
 from cuda_emulator import emulated_cuda, needs_cuda_build  # noqa: F401  (the fixture `cuda`)
@@ -14,7 +14,8 @@ from emulated_cases import CASES, layouts, misaligned
 from pairwise import pairs
 from test_cuda_kernels import LAYOUTS, SHAPES, TERMS
 
-from lmf_kernels.row_statistics import slice_statistics
+from lmf_kernels.reference import NONE, SUM
+from lmf_kernels.row_sums import slice_sums
 
 pytestmark = needs_cuda_build
 FIRST = {"whole row": 0, "first part": 0, "a middle part": 17, "target elsewhere": 10**9, "beyond 32 bits": 2**40}
@@ -28,10 +29,10 @@ def labels(shape, first):
     return target
 
 
-def statistics(cuda, z, y, first, alpha, beta, s, ignore_index=-100):
-    got = cuda.statistics(z, y, first, ignore_index, alpha, beta, s)
+def sums(cuda, z, y, first, alpha, beta, s, ignore_index=-100):
+    got = cuda.sums(z, y, first, alpha, beta, 1.5, s, ignore_index, SUM)
     assert got.dtype == accumulated(z.dtype)
-    assert_exact(got, slice_statistics(z.double(), y, first, ignore_index, alpha, beta, s), "m, t1, t2, z_y")
+    assert_exact(got, slice_sums(z.double(), y, first, alpha, beta, 1.5, s, ignore_index, SUM), "m, t1, t2, z_y")
     return got
 
 
@@ -42,10 +43,10 @@ def test_values(shape, dtype, layout, terms, part, cuda):
     z, y = LAYOUTS[layout]((torch.randn(size) * 3).to(dtype)), labels(size, FIRST[part])
     if part == "target elsewhere":
         y.clamp_max_(999)
-    statistics(cuda, z, y, FIRST[part], *terms)
+    sums(cuda, z, y, FIRST[part], *terms)
     (launch,) = cuda.launches
     if layout in ("contiguous", "misaligned"):
-        assert launch.kernel.split()[0] == f"statistics_{'pixels' if kernel == 'planes' else kernel}"
+        assert launch.kernel.split()[0] == f"sums_{'pixels' if kernel == 'planes' else kernel}"
 
 
 @pytest.mark.parametrize("base", ["aligned", "misaligned"])
@@ -55,7 +56,7 @@ def test_cases_shared_with_forward(how, shape, dtype, arch, base, where, cuda):
     if where == "on all":
         cuda.arch = arch
     z = layouts(how, shape, dtype)
-    statistics(cuda, misaligned(z) if base == "misaligned" else z, labels(shape, 1), 1, 1.0, 1.0, 5.0)
+    sums(cuda, misaligned(z) if base == "misaligned" else z, labels(shape, 1), 1, 1.0, 1.0, 5.0)
 
 
 @pytest.mark.parametrize("shape", ["flat, one block", "rows, lanes", "rows, split", "pixels"])
@@ -64,8 +65,8 @@ def test_ignore_index_is_a_label_of_the_whole(shape, cuda):
     size, cuda.multiprocessors, _ = SHAPES[shape]
     z, y = torch.randn(size), torch.full((size[0], *size[2:]), 103)
     y.view(-1)[0] = 3
-    assert not statistics(cuda, z, y, 100, 1.0, 1.0, 5.0, ignore_index=103)[3].any()
-    z_y = statistics(cuda, z, y, 100, 1.0, 1.0, 5.0, ignore_index=3)[3]
+    assert not sums(cuda, z, y, 100, 1.0, 1.0, 5.0, ignore_index=103)[3].any()
+    z_y = sums(cuda, z, y, 100, 1.0, 1.0, 5.0, ignore_index=3)[3]
     assert z_y[0] == 0 and z_y[1:].all()
 
 
@@ -77,8 +78,8 @@ def test_special_values(shape, cuda):
     z[0] = -math.inf
     if size[0] > 2:
         z[1, size[1] // 2], z[2, -1] = math.nan, math.inf
-    got = cuda.statistics(z, y, 0, -100, 1.0, 1.0, 3.0)
-    exact = slice_statistics(z.double(), y, 0, -100, 1.0, 1.0, 3.0)
+    got = cuda.sums(z, y, 0, 1.0, 1.0, 1.5, 3.0, -100, SUM)
+    exact = slice_sums(z.double(), y, 0, 1.0, 1.0, 1.5, 3.0, -100, SUM)
     assert_exact(got[1:], exact[1:], "t1, t2, z_y")
     finite = exact[1].isfinite()
     assert_exact(got[0, finite], exact[0, finite], "m")
@@ -86,7 +87,7 @@ def test_special_values(shape, cuda):
 
 
 def test_special_values_as_the_other_backends(cuda):
-    test_row_statistics.test_special_values("native")
+    test_row_sums.test_special_values("native")
 
 
 @pytest.mark.parametrize("shape", ["flat", "rows, lanes", "rows, several warps", "rows, many split", "pixels"])
@@ -97,15 +98,17 @@ def test_order_of_blocks_does_not_change_a_bit(shape, cuda):
     results = []
     for order in ("forward", "reverse", "random"):
         cuda.options = {"racecheck": True, "order": order}
-        results.append(cuda.statistics(z, y, 1, -100, 1.0, 1.0, 3.0))
+        results.append(cuda.sums(z, y, 1, 1.0, 1.0, 1.5, 3.0, -100, SUM))
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 def test_nothing_to_do(cuda):
     for shape in ((0, 5), (3, 5, 0)):
         y = torch.zeros(shape[0], *shape[2:], dtype=torch.long)
-        assert cuda.statistics(torch.randn(shape), y, 0, -100, 1.0, 1.0, 3.0).shape == (4, 0)
-        cuda.backward_(torch.ones(()), torch.randn(shape), y, torch.zeros(5, 0), torch.empty(0), 1.0, 1.0, 3.0)
+        assert cuda.sums(torch.randn(shape), y, 0, 1.0, 1.0, 1.5, 3.0, -100, SUM).shape == (4, 0)
+        cuda.backward_(
+            torch.ones(()), torch.randn(shape), y, torch.zeros(5, 0), torch.empty(0), 1.0, 1.0, 1.5, 3.0, -100, SUM
+        )
     assert not cuda.launches
 
 
@@ -121,13 +124,13 @@ TRAFFIC = [
 def test_logits_are_read_once_in_16_bytes_a_thread(shape, multiprocessors, share, dtype, cuda):
     cuda.multiprocessors, cuda.options = multiprocessors, {}
     z, y = torch.randn(shape).to(dtype), torch.full((shape[0], *shape[2:]), -1)  # split rows gather z_y once more
-    cuda.statistics(z, y, 0, -100, 1.0, 1.0, 3.0)
+    cuda.sums(z, y, 0, 1.0, 1.0, 1.5, 3.0, -100, SUM)
     ((launch,), size) = cuda.launches, z.numel() * z.element_size()
     memory = launch.stats.memory
     assert memory["logits"]["ld_useful"] == size and memory["logits"]["ld_sectors"] * 32 <= 1.05 * size
     assert memory["logits"]["ld_requests"] * 32 * 16 <= 1.1 * size
     rows = y.numel()
-    assert memory["target"]["ld_unique"] == 8 * rows and memory["statistics"]["st_useful"] == 4 * 4 * rows
+    assert memory["target"]["ld_unique"] == 8 * rows and memory["sums"]["st_useful"] == 4 * 4 * rows
     parts = 3 * 4 * launch.blocks if share > 1 else 0
     assert launch.blocks == share * rows or share == 1
     assert [memory.get("partials", {}).get(f"{kind}_useful", 0) for kind in ("st", "ld")] == [parts, parts]
@@ -138,7 +141,7 @@ def test_logits_are_read_once_in_16_bytes_a_thread(shape, multiprocessors, share
 def test_rows_of_any_alignment_are_read_in_16_bytes(shape, multiprocessors, place, cuda):
     cuda.multiprocessors, cuda.options = multiprocessors, {}
     z = place(torch.randn(shape).bfloat16())
-    cuda.statistics(z, torch.zeros(shape[0], dtype=torch.long), 0, -100, 1.0, 1.0, 3.0)
+    cuda.sums(z, torch.zeros(shape[0], dtype=torch.long), 0, 1.0, 1.0, 1.5, 3.0, -100, SUM)
     counts, size = cuda.launches[0].stats.memory["logits"], 2 * z.numel()
     assert counts["ld_useful"] == size and counts["ld_requests"] <= 0.5 * z.numel() / 32
 
@@ -158,15 +161,16 @@ def test_gradient_over_the_logits(shape, dtype, layout, reduction, terms, cuda):
     acc = accumulated(dtype)
     outer = torch.rand(y.shape if reduction == "none" else (), dtype=acc)
     denominators = torch.tensor([3.0, 5.0] if reduction == "mean" else [], dtype=acc)
-    stats = torch.rand(5, y.numel(), dtype=acc)
-    stats[1:, ::5] = 0  # as of ignored rows
+    saved = torch.rand(5, y.numel(), dtype=acc)
+    saved[1:, ::5] = 0  # as of ignored rows
     alpha, beta, s = terms
     for term, (c, g) in ((beta, (1, 3)), (alpha, (2, 4))):
         if term == 0:
-            stats[c] = stats[g] = 0
-    beside = cuda.backward(outer, z, y, stats, denominators, alpha, beta, s)
+            saved[c] = saved[g] = 0
+    options = alpha, beta, 1.5, s, -100, ("none", "mean", "sum").index(reduction)
+    beside = cuda.backward(outer, z, y, saved, denominators, *options)
     copy = torch.empty(0, dtype=dtype).set_(z.untyped_storage().clone(), z.storage_offset(), z.shape, z.stride())
-    cuda.backward_(outer, copy, y, stats, denominators, alpha, beta, s)
+    cuda.backward_(outer, copy, y, saved, denominators, *options)
     assert torch.equal(copy, beside)
     if layout in ("contiguous", "misaligned") and "wide" not in shape:
         assert [launch.kernel.split()[0] for launch in cuda.launches] == [f"backward_{kernel}"] * 2
@@ -178,19 +182,19 @@ def test_gradient_over_the_logits(shape, dtype, layout, reduction, terms, cuda):
 def test_a_layout_that_is_copied(cuda):
     z = torch.randn(3, 5, 2, 4, 2, 3).permute(5, 1, 4, 3, 2, 0)
     y = torch.randint(-3, 9, (3, 2, 4, 2, 3))
-    stats, outer = torch.rand(5, y.numel()), torch.rand(y.shape)
-    statistics(cuda, z, y, 1, 1.0, 1.0, 5.0)
-    beside = cuda.backward(outer, z, y, stats, torch.empty(0), 1.0, 1.0, 5.0)
-    cuda.backward_(outer, z, y, stats, torch.empty(0), 1.0, 1.0, 5.0)
+    saved, outer = torch.rand(5, y.numel()), torch.rand(y.shape)
+    sums(cuda, z, y, 1, 1.0, 1.0, 5.0)
+    beside = cuda.backward(outer, z, y, saved, torch.empty(0), 1.0, 1.0, 1.5, 5.0, -100, NONE)
+    cuda.backward_(outer, z, y, saved, torch.empty(0), 1.0, 1.0, 1.5, 5.0, -100, NONE)
     assert torch.equal(z, beside)
 
 
-@pytest.mark.parametrize("shape", [*test_row_statistics.SHAPES, (2, 17011), (3, 5, 11, 23)], ids=str)
+@pytest.mark.parametrize("shape", [*test_row_sums.SHAPES, (2, 17011), (3, 5, 11, 23)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_slices_make_the_whole(shape, dtype, cuda):
     """Statistics of slices joined, loss, and gradients over the slices, against the oracle."""
-    for hyper in test_row_statistics.HYPERS:
-        test_row_statistics.compare(shape, dtype, hyper, "native")
+    for hyper in test_row_sums.HYPERS:
+        test_row_sums.compare(shape, dtype, hyper, "native")
 
 
 @pytest.mark.parametrize("elements", [None, 66 * 65, 700], ids=["one chunk", "rows", "classes"])
@@ -202,4 +206,4 @@ def test_the_loss_of_a_linear_classifier(elements, dtype, cuda):
         outer = torch.rand(y.shape if reduction == "none" else ())
         test_linear.check(x, w, b, y, "native", False, budget, outer, reduction=reduction, s=4.0, **tables)
     steps = {launch.kernel.split("_")[0] for launch in cuda.launches}
-    assert steps >= {"statistics" if elements == 700 else "forward", "backward"}
+    assert steps >= {"sums" if elements == 700 else "forward", "backward"}

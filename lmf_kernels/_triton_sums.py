@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""Statistics of rows over a slice of their classes in Triton: eq. 1 alone, by the walk of `_triton_kernels`."""
+"""Sums of rows over a slice of their classes in Triton: eq. 1 alone, by the walk of `_triton_kernels`."""
 
 import functools
 
@@ -14,13 +14,13 @@ from .reference import SUM
 
 
 @triton.jit(do_not_specialize=["rows", "middle", "inner", "stride_0", "stride_1", "target_0"])
-def statistics_kernel(
-    logits, target, statistics, s: tl.float64,
+def sums_kernel(
+    logits, target, sums, s: tl.float64,
     rows, middle, inner, stride_0, stride_1, stride_2, stride_c, target_0, target_1, target_2,
     TILE: tl.constexpr, TERMS: tl.constexpr, REDUCTION: tl.constexpr,
 ):  # fmt: skip
     """Stores m, t1, t2, z_y (4, rows); a program takes a tile of rows. z_y = 0 where the label is not in [0, C)."""
-    acc: tl.constexpr = statistics.dtype.element_ty
+    acc: tl.constexpr = sums.dtype.element_ty
     s = tl.full((), s, acc)
     sizes = _sizes(rows, middle, inner, TILE)
     z_strides = _strides(stride_0, stride_1, stride_2, stride_c, TILE)
@@ -40,7 +40,7 @@ def statistics_kernel(
         t1 = t2
     if not TERMS.t2:
         t2 = t1
-    at = statistics + row
+    at = sums + row
     stride = sizes[0].to(tl.int64)
     tl.store(at, m, mask=exists)
     tl.store(at + stride, t1, mask=exists)
@@ -48,8 +48,16 @@ def statistics_kernel(
     tl.store(at + 3 * stride, z_y, mask=exists)
 
 
-def statistics(
-    logits: Tensor, target: Tensor, first_class: int, ignore_index: int, alpha: float, beta: float, s: float
+def sums(
+    logits: Tensor,
+    target: Tensor,
+    first_class: int,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    s: float,
+    ignore_index: int,
+    reduction: int,
 ) -> Tensor:
     """m, t1, t2, z_y (4, rows) over the classes [first_class, first_class + C), in one launch."""
     device = _triton._device(logits.device)
@@ -57,14 +65,16 @@ def statistics(
     local = (target - first_class).masked_fill_(target == ignore_index, -1)
     plan = _plan(logits.shape, logits.stride(), local.stride(), logits.element_size(), device)
     if plan is None:
-        return statistics(logits.contiguous(), target.contiguous(), first_class, ignore_index, alpha, beta, s)
+        return sums(
+            logits.contiguous(), target.contiguous(), first_class, alpha, beta, gamma, s, ignore_index, reduction
+        )
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     result = torch.empty((4, plan.rows), dtype=acc, device=logits.device)
     if plan.rows:
         with device.made_current():
             tensors = logits, local, result
             terms = _triton._terms(alpha, beta, s)
-            _triton._launch(statistics_kernel, device, plan, tensors, (s, *plan.arguments), terms, SUM)
+            _triton._launch(sums_kernel, device, plan, tensors, (s, *plan.arguments), terms, SUM)
     return result
 
 

@@ -11,14 +11,15 @@ from checks import INTERPRETED, accumulated, assert_exact
 from oracle import expected
 from torch import Tensor
 
-from lmf_kernels._ops import gradient_over_logits_op, statistics_op
-from lmf_kernels.row_statistics import Hyper, RowTables, combine, finish, no_statistics
+from lmf_kernels._ops import backward_op_, sums_op
+from lmf_kernels.reference import SUM
+from lmf_kernels.row_sums import Hyper, RowTables, combine, finish, no_sums
 
 SHAPES = [(7, 5), (9, 300), (3, 5, 4, 2), (2, 1000), (70, 8)]
 HYPERS = [Hyper(1.3, 0.7, 1.5, 5.0), Hyper(1.0, 0.0, 0.0, 5.0), Hyper(0.0, 1.0, 1.5, 5.0), Hyper(1.0, 1.0, 0.0, 1.0)]
 
 
-def exact_statistics(z: Tensor, y: Tensor, first: int, hyper: Hyper) -> Tensor:
+def exact_sums(z: Tensor, y: Tensor, first: int, hyper: Hyper) -> Tensor:
     """m, t1, t2, z_y of eq. 1 in float64, the sums relative to the own maximum."""
     rows = z.double().movedim(1, -1).reshape(-1, z.shape[1])
     local = y.reshape(-1) - first
@@ -32,7 +33,6 @@ def exact_statistics(z: Tensor, y: Tensor, first: int, hyper: Hyper) -> Tensor:
 
 
 def compare(shape: tuple[int, ...], dtype: torch.dtype, hyper: Hyper, backend: str, layout: str = "contiguous") -> None:
-    alpha, beta, _, s = hyper
     classes = shape[1]
     z = (2 * torch.randn(shape)).to(dtype)
     if layout == "padded":
@@ -41,21 +41,21 @@ def compare(shape: tuple[int, ...], dtype: torch.dtype, hyper: Hyper, backend: s
     y.view(-1)[1] = -100
     kept = y.reshape(-1) != -100
     cuts = [0, classes // 3, classes // 3 + 1, classes]
-    total = no_statistics(y.numel(), z)
+    total = no_sums(y.numel(), z)
     slices = [(lo, hi) for lo, hi in itertools.pairwise(cuts) if hi > lo]
     for lo, hi in slices:
-        part = statistics_op(backend)(z[:, lo:hi], y, lo, -100, alpha, beta, s)
-        exact = exact_statistics(z[:, lo:hi], y, lo, hyper)
+        part = sums_op(backend)(z[:, lo:hi], y, lo, *hyper, -100, SUM)
+        exact = exact_sums(z[:, lo:hi], y, lo, hyper)
         assert_exact(part[:, kept], exact[:, kept], f"classes [{lo}, {hi})")
         total = combine(total, part, hyper)
-    loss, stats, denominators = finish(total, y, classes, RowTables(None, None, None), None, None, hyper, -100, 2)
-    options = dict(alpha=alpha, beta=beta, gamma=hyper.gamma, s=s, reduction="sum")
+    loss, saved, denominators = finish(total, y, classes, RowTables(None, None, None), None, None, hyper, -100, SUM)
+    options = hyper._asdict() | {"reduction": "sum"}
     exact_loss, exact_grad = expected(z, y, **options)
     assert_exact(loss, exact_loss, "loss")
     outer = torch.ones((), dtype=accumulated(dtype))
     before, grad = z.clone(), z.clone()
     for lo, hi in slices:
-        gradient_over_logits_op(backend)(outer, grad[:, lo:hi], y - lo, stats, denominators, alpha, beta, s)
+        backward_op_(backend)(outer, grad[:, lo:hi], y - lo, saved, denominators, *hyper, -100, SUM)
         assert torch.equal(grad[:, hi:], before[:, hi:]), "only the slice is written"
     assert_exact(grad, exact_grad, "gradient")
 
@@ -75,10 +75,10 @@ def test_special_values(backend):
     """NaN and +inf stay visible, -inf makes empty sums; a slice of its own class alone has no competitor."""
     inf, nan = math.inf, math.nan
     z = torch.tensor([[0.0, nan, 1], [2, inf, 0], [-inf, -inf, -inf], [1, 2, 3]])
-    m, t1, t2, z_y = statistics_op(backend)(z, torch.tensor([0, 0, 5, 1]), 0, -100, 1.0, 1.0, 3.0)
+    m, t1, t2, z_y = sums_op(backend)(z, torch.tensor([0, 0, 5, 1]), 0, 1.0, 1.0, 1.5, 3.0, -100, SUM)
     assert t1[:2].isnan().all() and t2[:2].isnan().all()
     assert m[2] == -inf and t1[2] == 0 and t2[2] == 0 and z_y.tolist() == [0, 2, 0, 2]
-    alone = statistics_op(backend)(z[3:, :1], torch.tensor([4]), 4, -100, 1.0, 1.0, 3.0)
+    alone = sums_op(backend)(z[3:, :1], torch.tensor([4]), 4, 1.0, 1.0, 1.5, 3.0, -100, SUM)
     assert alone[:, 0].tolist() == [-inf, 0, 0, 1]
 
 

@@ -56,7 +56,7 @@ struct Sums {
 // Rows of few classes, a lane a row; class j of row `lane` is z[j * stride + lane], in memory or staged. Each class
 // asks all rows whether it is their target: cheaper than writing -inf for the targets one by one.
 template <typename S, typename A, bool both>
-void compared_statistics(const S* z, int64_t stride, int64_t classes, Scale<A> s, int64_t count, Rows<A>& rows) {
+void compared_sums(const S* z, int64_t stride, int64_t classes, Scale<A> s, int64_t count, Rows<A>& rows) {
   using M = VectorMath<A>;
   using V = typename M::Value;
   using Mask = typename M::Mask;
@@ -83,16 +83,16 @@ void compared_statistics(const S* z, int64_t stride, int64_t classes, Scale<A> s
 
 // The tile walk: `count` rows from `z`, which one stride connects; a lane a row.
 template <typename T, typename A, bool both>
-void tile_statistics(const Problem& p, Scale<A> s, const T* z, int64_t count, A* staged, Rows<A>& rows) {
+void tile_sums(const Problem& p, Scale<A> s, const T* z, int64_t count, A* staged, Rows<A>& rows) {
   using M = VectorMath<A>;
   using V = typename M::Value;
   const Tile<const T> tile(z, p.logits_end, p.strides, p.classes, count);
   if (p.classes <= kComparedClasses) {
     if (tile.is_whole_vectors(M::kLanes)) {
-      return compared_statistics<T, A, both>(tile.z, tile.class_stride, p.classes, s, count, rows);
+      return compared_sums<T, A, both>(tile.z, tile.class_stride, p.classes, s, count, rows);
     }
     stage_tile(tile, 0, p.classes, staged);
-    return compared_statistics<A, A, both>(staged, kTileRows, p.classes, s, count, rows);
+    return compared_sums<A, A, both>(staged, kTileRows, p.classes, s, count, rows);
   }
   const int64_t chunk_size = balanced_chunk(p.classes);
   for (int64_t first = 0; first < p.classes; first += chunk_size) {
@@ -191,7 +191,7 @@ class Competitors {
 
 // The row walk: one row of neighbouring classes; a lane a class.
 template <typename T, typename A, bool both>
-void row_statistics(const Problem& p, Scale<A> s, const T* z, int64_t lane, Rows<A>& rows) {
+void row_sums(const Problem& p, Scale<A> s, const T* z, int64_t lane, Rows<A>& rows) {
   using M = VectorMath<A>;
   A m = -infinity<A>();
   Sums<M, both> sums;
@@ -212,7 +212,7 @@ void row_statistics(const Problem& p, Scale<A> s, const T* z, int64_t lane, Rows
 
 // Eq. 1 alone, over a slice of the classes. Every row is walked, with or without its target in the slice.
 template <typename T, typename A, bool both>
-void statistics_rows(const StatisticsArguments& p, Scale<A> scale, int64_t begin, int64_t end) {
+void sums_rows(const SumsArguments& p, Scale<A> scale, int64_t begin, int64_t end) {
   const bool row_walk = use_row_walk(p, kTileMostClassesForward);
   alignas(64) A staged[kTileRows * kTileClasses];
   Rows<A> rows = {};
@@ -226,28 +226,28 @@ void statistics_rows(const StatisticsArguments& p, Scale<A> scale, int64_t begin
     const T* const z = static_cast<const T*>(p.logits) + walk.offset(p.strides);
     if (row_walk) {
       for (int64_t lane = 0; lane < count; lane++) {
-        row_statistics<T, A, both>(p, scale, z + lane * p.strides.inner, lane, rows);
+        row_sums<T, A, both>(p, scale, z + lane * p.strides.inner, lane, rows);
       }
     } else {
-      tile_statistics<T, A, both>(p, scale, z, count, staged, rows);
+      tile_sums<T, A, both>(p, scale, z, count, staged, rows);
     }
     const A* const found[4] = {rows.m, rows.t1, rows.t2, rows.z_y};
     for (int k = 0; k < 4; k++) {
-      A* const saved = static_cast<A*>(p.statistics) + k * p.rows + row;
+      A* const saved = static_cast<A*>(p.sums) + k * p.rows + row;
       for (int64_t lane = 0; lane < count; lane++) saved[lane] = found[k][lane];
     }
   }
 }
 
 template <typename T>
-void statistics(const StatisticsArguments& p, int64_t begin, int64_t end) {
+void sums(const SumsArguments& p, int64_t begin, int64_t end) {
   using A = typename Accumulate<T>::type;
   const FlushSubnormals flush;
   const Exponentials exponentials(p);
   if (exponentials.both) {
-    statistics_rows<T, A, true>(p, Scale<A>(A(p.s)), begin, end);
+    sums_rows<T, A, true>(p, Scale<A>(A(p.s)), begin, end);
   } else {
-    statistics_rows<T, A, false>(p, Scale<A>(A(exponentials.scale)), begin, end);
+    sums_rows<T, A, false>(p, Scale<A>(A(exponentials.scale)), begin, end);
   }
 }
 
