@@ -5,6 +5,7 @@ the same kernels at the small size, on a device with one multiprocessor, so that
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 import re
@@ -28,7 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from ptxsim.emulate import Launch, emulate
 from ptxsim.triton_run import is_tensor, specialise, unwrap
 
-from lmf_kernels import _ops, _triton, lmf_loss
+from lmf_kernels import _backends, lmf_loss
+from lmf_kernels._call import MEAN, Options, Tables
+from lmf_kernels.triton import launch as triton_launch
 
 MULTIPROCESSORS = 132
 TARGETS = {
@@ -84,14 +87,14 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguou
 @contextlib.contextmanager
 def device_of(multiprocessors: int) -> Iterator[None]:
     """CPU tensors count as those of a device with so many multiprocessors."""
-    device = _triton._Device(torch.device("cpu"))
+    device = triton_launch.Device(torch.device("cpu"))
     device.multiprocessors = multiprocessors
-    original = _triton._device
-    _triton._device = lambda _: device  # type: ignore[assignment]
+    original = triton_launch.device_of
+    triton_launch.device_of = lambda _: device  # type: ignore[assignment]
     try:
         yield
     finally:
-        _triton._device = original
+        triton_launch.device_of = original
 
 
 # ---- compiled resources ---------------------------------------------------------------------------------------------
@@ -106,7 +109,7 @@ class Kernel(NamedTuple):
 def padded(kernel: Kernel) -> int:
     """Classes that a row is worked on with, those included that only fill up the tile."""
     tile = kernel.plan.tile
-    if tile.flat and kernel.function is _triton.backward_kernel:
+    if tile.flat and kernel.function is triton_launch.backward_kernel:
         return tile.C
     step = tile.K * tile.LPR * tile.V
     return -(-tile.C // step) * step
@@ -125,14 +128,14 @@ def kernels(case: Case, dtype: torch.dtype, s: float = 30.0) -> dict[str, Kernel
         logits = torch.empty(case.full, dtype=dtype, memory_format=torch.channels_last)
     target = torch.empty((case.full[0], *case.full[2:]), dtype=torch.long)
     table = torch.empty(case.full[1])
-    original, _triton._launch = _triton._launch, hold
+    original, triton_launch._launch = triton_launch._launch, hold
     try:
         with device_of(MULTIPROCESSORS):
-            options = (1.0, 1.0, 1.5, s, -100, 1)
-            loss, saved, denominators = _triton.forward(logits, target, table, table, table, None, None, *options)
-            _triton.backward(loss, logits, target, saved, denominators, *options)
+            options = Options(1.0, 1.0, 1.5, s, -100, MEAN)
+            loss, saved, denominators = triton_launch.forward(logits, target, Tables(table, table, table), options)
+            triton_launch.backward(loss, logits, target, saved, denominators, options)
     finally:
-        _triton._launch = original
+        triton_launch._launch = original
     return dict(zip(("forward", "backward"), found, strict=True))
 
 
@@ -204,10 +207,9 @@ TABLES = ("margins", "ldam_weight", "focal_weight")
 def traffic(case: Case, dtype: torch.dtype, s: float = 30.0, target: int = 90) -> dict[str, Traffic]:
     logits, labels, table = problem(case.small, dtype, case.layout)
     with device_of(1), emulate(target=target, bank_conflicts=True) as launches:
-        loss, saved, denominators = _triton.forward(
-            logits, labels, table, table, table, None, None, 1.0, 1.0, 1.5, s, -100, 1
-        )
-        _triton.backward(loss, logits, labels, saved, denominators, 1.0, 1.0, 1.5, s, -100, 1)
+        options = Options(1.0, 1.0, 1.5, s, -100, MEAN)
+        loss, saved, denominators = triton_launch.forward(logits, labels, Tables(table, table, table), options)
+        triton_launch.backward(loss, logits, labels, saved, denominators, options)
     assert len(launches) == 2
     return {
         launch.name.removesuffix("_kernel"): _count(launch, logits, labels.numel(), 1 if s == 1 else 2)
@@ -267,13 +269,15 @@ def whole(loss: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...], dtyp
     logits, labels, _ = problem(shape, dtype)
     logits.requires_grad_()
     operations = Operations()
-    eager, _ops.EAGER["triton"] = _ops.EAGER["triton"], (_triton.forward, _triton.backward)  # whose insides can be seen
+    row = _backends.TABLE["triton"]
+    kernels = row.kernels._replace(forward=triton_launch.forward, backward=triton_launch.backward)
+    _backends.TABLE["triton"] = dataclasses.replace(row, kernels=kernels)  # not the ops: the mode sees inside
     with device_of(1), emulate(target=90) as launches:
         outer = torch.ones_like(loss(logits.detach(), labels))  # the first call sets up counters
         launches.clear()
         with operations:
             torch.autograd.grad(loss(logits, labels), logits, outer)
-    _ops.EAGER["triton"] = eager
+    _backends.TABLE["triton"] = row
     size = logits.numel() * logits.element_size()
     big = small = 0
     for launch in launches:
@@ -326,13 +330,13 @@ def stub_driver() -> Iterator[list[tuple[Any, ...]]]:
             with device_of(MULTIPROCESSORS):
                 yield launched
         finally:
-            for kernel in (_triton.forward_kernel, _triton.backward_kernel):
+            for kernel in (triton_launch.forward_kernel, triton_launch.backward_kernel):
                 for cache, *_ in kernel.device_caches.values():
                     for binary in cache.values():
                         binary.module = None  # nothing to unload
                 kernel.device_caches.clear()
-            _triton._forward_plan.cache_clear()
-            _triton._backward_plan.cache_clear()
+            triton_launch.forward_plan.cache_clear()
+            triton_launch.backward_plan.cache_clear()
 
 
 def microseconds(run: Callable[[], object], batches: int = 200, calls: int = 40) -> float:
@@ -352,12 +356,13 @@ def host_times(batches: int = 200) -> dict[str, float]:
     """Microseconds of Python from a call to the driver's launch, with (64, 7) logits, margins and weights."""
     logits, target, table = problem((64, 7), torch.float32)
     leaf = logits.clone().requires_grad_()
+    options = Options(1.0, 1.0, 1.5, 30.0, -100, MEAN)
     # Pointers that are not divisible by 16 go by Triton's launcher every time.
     odd = torch.randn(64 * 7 + 1)[1:].view(64, 7)
     timed = functools.partial(microseconds, batches=batches)
 
     def forward(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _triton.forward(z, target, table, table, table, None, None, 1.0, 1.0, 1.5, 30.0, -100, 1)
+        return triton_launch.forward(z, target, Tables(table, table, table), options)
 
     def step() -> None:
         torch.autograd.grad(lmf_loss(leaf, target, margins=table, weight=table, backend="triton"), leaf)
@@ -366,7 +371,7 @@ def host_times(batches: int = 200) -> dict[str, float]:
         loss, saved, denominators = forward(logits)
 
         def backward(z: Tensor) -> Tensor:
-            return _triton.backward(loss, z, target, saved, denominators, 1.0, 1.0, 1.5, 30.0, -100, 1)
+            return triton_launch.backward(loss, z, target, saved, denominators, options)
 
         return {
             "lmf_loss forward + backward, with autograd": timed(step),

@@ -3,7 +3,7 @@
 import torch
 from gpu_cases import DTYPES, Case, lmf, name, problem
 
-from lmf_kernels import _ops
+from lmf_kernels import _backends
 
 CASES = (
     Case("few", (300, 7)),
@@ -17,7 +17,7 @@ CASES = (
 
 
 def main(device: torch.device) -> None:
-    for backend in _ops.available_backends(device)[:-1]:  # all but the reference
+    for backend in _backends.available_backends(device)[:-1]:  # all but the reference
         for case in CASES:
             logits, target = problem(case, torch.float32 if case.regime != "dense" else DTYPES[0], device)
             loss = lmf(case.shape[1], device, backend)(logits, target)

@@ -24,7 +24,7 @@ from gpu_cases import (
 from gpu_rows import one_line
 from torch import Tensor
 
-from lmf_kernels import _ops
+from lmf_kernels import _backends
 
 FIELDS = ("regime", "logits", "dtype", "loss", "pass"), ("ms", "bytes", "GB/s", "error of the gradient")
 
@@ -46,7 +46,7 @@ def compiled(run: Run) -> None:
 
 def native(run: Run) -> None:
     """The CUDA C++ kernels, where the extension has them."""
-    if "native" not in _ops.available_backends(torch.device("cuda")):
+    if "native" not in _backends.available_backends(torch.device("cuda")):
         print("native: not measured, the extension has no CUDA kernels here", flush=True)
         return
     for dtype in DTYPES[:2]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmf_kernels import LMFLoss, lmf_loss
-from lmf_kernels._ops import cpu_capability
+from lmf_kernels._backends import cpu_capability
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

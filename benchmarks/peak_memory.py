@@ -8,7 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lmf_kernels.linear_passes import forward_by_chunks
+from lmf_kernels._call import MEAN, Options, Tables
+from lmf_kernels.linear.call import Classifier, HeadOptions
+from lmf_kernels.linear.passes import forward_by_chunks
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")  # as the profiler names them
 
@@ -116,10 +118,10 @@ def linear_step_extra(
             from torch.nn.functional import normalize as normalized
 
             inputs = normalized(x, dim=1) if normalize else x
-            tables = (None,) * 5
-            options = (1.0, 1.0, 1.5, 30.0, -100, 1, normalize, backend, memory_budget, 1.0, (True, True, bias))
+            options = Options(1.0, 1.0, 1.5, 30.0, -100, MEAN)
+            head = HeadOptions(normalize, backend, memory_budget)
             *_, grad_features, grad_weight, grad_bias = forward_by_chunks(
-                None, inputs, weight, b, target, *tables, *options
+                None, Classifier(inputs, weight, b), target, Tables(), options, head, 1.0, (True, True, bias)
             )
             return inputs, [grad_features, grad_weight, grad_bias]
 

@@ -7,15 +7,15 @@ LDAM, focal loss and cross-entropy are special cases of the same kernels.
 """
 
 from ._versions import __version__  # first: it refuses a torch that is too old
-from .class_parallel import ClassShares
 from .counts import class_counts
 from .distributed import global_normalizer
 from .functional import lmf_loss
-from .linear import linear_lmf_loss
-from .linear_module import LinearLMFLoss
+from .linear.functional import linear_lmf_loss
+from .linear.module import LinearLMFLoss
 from .margins import effective_number_weights, inverse_frequency_weights, ldam_margins
 from .modules import FocalLoss, LDAMLoss, LMFLoss
 from .schedules import DeferredReweighting
+from .sharded.shares import ClassShares
 
 __all__ = [
     "ClassShares",

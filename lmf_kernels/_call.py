@@ -4,16 +4,22 @@
     backward(grad_output, logits, target, saved, denominators, *options) -> grad_logits
     sums(logits, target, first_class, *options) -> sums
 
-csrc/call.h has the same two lists in C++; a test compares the schemas.
+csrc/call.h has the same two lists in C++; tests compare the schemas.
 """
 
-from typing import NamedTuple
+import itertools
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+NONE, MEAN, SUM = 0, 1, 2
+REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
+BACKENDS = ("auto", "triton", "native", "reference")
+
 
 class Tables(NamedTuple):
-    """What a loss is given beside logits and target as tensors, each of any floating dtype, or None for the default."""
+    """What a loss is given as tensors beside logits and target, each of any floating dtype; None is the default."""
 
     margins: Tensor | None = None  # (C,)
     ldam_weight: Tensor | None = None  # (C,)
@@ -23,7 +29,7 @@ class Tables(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The numbers of a loss: reference.py's hyper-parameters, and a code of reference.py for the reduction."""
+    """The numbers of a loss: reference.py's hyper-parameters, and the code of the reduction."""
 
     alpha: float
     beta: float
@@ -33,9 +39,15 @@ class Options(NamedTuple):
     reduction: int
 
 
-_SCHEMA_TYPES = {float: "float", int: "int", Tensor | None: "Tensor?"}
+_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool", str: "str"}
 
 
-def schema_of(arguments: type[Tables] | type[Options]) -> str:
-    """The list as an op's schema spells it."""
+def schema_of(arguments: Any) -> str:
+    """A NamedTuple's fields as an op's schema spells them."""
     return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in arguments.__annotations__.items())
+
+
+def unpack(arguments: Iterable[Any], *kinds: Any) -> tuple[Any, ...]:
+    """An op's flat arguments regrouped: one NamedTuple of each kind, and then what is left."""
+    given = iter(arguments)
+    return (*(kind(*itertools.islice(given, len(kind._fields))) for kind in kinds), *given)

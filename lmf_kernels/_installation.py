@@ -5,7 +5,7 @@ import platform
 import torch
 from torch import Tensor
 
-from . import _ops
+from . import _backends, _ops
 from ._native import built, native_problem
 from ._versions import TORCH, TORCH_TESTED, TRITON, __version__, text, triton_version
 from .functional import lmf_loss
@@ -30,7 +30,7 @@ def report() -> tuple[list[str], bool]:
     ]
     sound = True
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        for backend in _ops.available_backends(torch.device(device)):
+        for backend in _backends.available_backends(torch.device(device)):
             try:
                 result, fine = _check(backend, torch.device(device))
             except Exception as error:  # whatever is wrong with an installation is to be shown
@@ -38,7 +38,7 @@ def report() -> tuple[list[str], bool]:
             lines.append(f"{backend:11} on {device:4}  {'ok' if fine else 'FAILED'}, {result}")
             sound &= fine
     lines += [f"{backend:11} not on {device}: {reason}" for backend, device, reason in _missing()]
-    cpu, gpu = (_ops.available_backends(torch.device(device))[0] for device in ("cpu", "cuda"))
+    cpu, gpu = (_backends.available_backends(torch.device(device))[0] for device in ("cpu", "cuda"))
     lines += ["", f'backend="auto" takes {cpu} on the CPU, {gpu} on a GPU']
     return lines, sound
 
@@ -47,7 +47,7 @@ def _native() -> str:
     if native_problem is not None:
         return f"not there: {native_problem}"
     cuda = f"CUDA kernels for {built.cuda}" if built.cuda else f"no CUDA kernels: {built.why_no_cuda or 'not built'}"
-    return f"{_ops.cpu_capability()} instructions on the CPU; {cuda}"
+    return f"{_backends.cpu_capability()} instructions on the CPU; {cuda}"
 
 
 def _missing() -> list[tuple[str, str, str]]:

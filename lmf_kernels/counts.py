@@ -7,7 +7,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from ._checks import as_float, check_dense, check_memory
+from ._validate import as_float, check_dense, check_memory
 
 
 class _Array(Protocol):

@@ -6,8 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .class_parallel import ClassShares
+from ._call import Tables
+from .math.rows import denominators, read_labels
 from .modules import _Loss
+from .sharded.shares import ClassShares
 
 
 def global_normalizer(
@@ -73,16 +75,14 @@ def _shares(target: Tensor, loss: _Loss) -> Tensor:
         raise TypeError(f"target must be int64 class indices or a sequence of such tensors, got {what}")
     target = target.long()
     acc = torch.float32 if target.device.type == "mps" else torch.float64
-    kept = target != loss.ignore_index
-    focal = kept.sum(dtype=acc)
     weight = loss.ldam_weight
     if weight is None:  # FocalLoss, which has no LDAM term
+        focal = (target != loss.ignore_index).sum(dtype=acc)
         return torch.stack([focal, focal])
     if weight.device != target.device:
         raise RuntimeError(f"loss must be on target's device {target.device}, got {weight.device}; use loss.to(device)")
     group = loss.class_group
     if isinstance(group, ClassShares) and len(weight) != group.total:
         raise ValueError(f"loss must hold the class weights of all {group.total} classes, got a share of {len(weight)}")
-    valid = kept & (target >= 0) & (target < len(weight))
-    per_sample = weight.to(acc)[torch.where(valid, target, 0)]
-    return torch.stack([torch.where(valid, per_sample, 0.0).sum(), focal])
+    labels = read_labels(target, len(weight), loss.ignore_index)
+    return torch.stack(denominators(labels, weight.to(acc)[labels.y], Tables(), acc))

@@ -6,7 +6,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from ._checks import as_float
+from ._validate import as_float
 from .counts import ClassCounts, checked_counts
 
 

@@ -3,16 +3,16 @@
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_dense, check_memory
 from ._hints import module_misfit
-from .class_parallel import ClassGroup, ClassShares, explained
+from ._state import ClassBuffers
+from ._validate import Normalizer, Reduction, check_dense, check_memory, check_options, check_table, class_weights
 from .counts import ClassCounts, check_counts, read_counts
-from .functional import Normalizer, Reduction, check_options, check_table, lmf_loss
+from .functional import lmf_loss
 from .margins import check_max_m, ldam_margins, margins_from_rarest
-from .tables import Tables
+from .sharded.shares import ClassGroup, ClassShares, explained
 
 
-class _Loss(Tables):
+class _Loss(ClassBuffers):
     """What the three losses share: options as attributes, and the call."""
 
     def __init__(
@@ -169,18 +169,12 @@ class LMFLoss(_Loss):
         min_count: float | None = None,
     ) -> None:
         margins = _margins(cls_num_list, max_m, class_group, min_count)
-        if weight is not None:
-            if ldam_weight is not None or focal_weight is not None:
-                raise ValueError(
-                    "give weight, or ldam_weight and focal_weight, not both: weight sets both terms' weights"
-                )
-            check_table("weight", weight, len(margins))
-            ldam_weight = focal_weight = weight
+        ldam_weight, focal_weight = class_weights(weight, ldam_weight, focal_weight, len(margins))
         super().__init__(
             margins=margins,
             weights={
-                "ldam_weight": _own_weights("ldam_weight", ldam_weight, len(margins)),
-                "focal_weight": _own_weights("focal_weight", focal_weight, len(margins)),
+                "ldam_weight": _copy("ldam_weight", ldam_weight),
+                "focal_weight": _copy("focal_weight", focal_weight),
             },
             alpha=alpha,
             beta=beta,
@@ -234,9 +228,11 @@ class LDAMLoss(_Loss):
         min_count: float | None = None,
     ) -> None:
         margins = _margins(cls_num_list, max_m, class_group, min_count)
+        if weight is not None:
+            check_table("weight", weight, len(margins))
         super().__init__(
             margins=margins,
-            weights={"ldam_weight": _own_weights("weight", weight, len(margins))},
+            weights={"ldam_weight": _copy("weight", weight)},
             alpha=1.0,
             beta=0.0,
             gamma=0.0,
@@ -279,9 +275,11 @@ class FocalLoss(_Loss):
         backend: str = "auto",
         class_group: ClassGroup | None = None,
     ) -> None:
+        if weight is not None:
+            check_table("weight", weight, _num_classes(weight))
         super().__init__(
             margins=None,
-            weights={} if weight is None else {"focal_weight": _own_weights("weight", weight, _num_classes(weight))},
+            weights={} if weight is None else {"focal_weight": _copy("weight", weight)},
             alpha=0.0,
             beta=1.0,
             gamma=gamma,
@@ -330,10 +328,9 @@ def _num_classes(weight: Tensor) -> int:
     return len(weight)
 
 
-def _own_weights(name: str, weight: Tensor | None, num_classes: int) -> Tensor | None:
-    """A private copy of the checked weights, so that set_weight() changes no tensor of the caller."""
+def _copy(name: str, weight: Tensor | None) -> Tensor | None:
+    """A private copy of the weights, so that set_weight() changes no tensor of the caller."""
     if weight is None:
         return None
-    check_table(name, weight, num_classes)
     check_memory(name, weight)
     return weight.clone()

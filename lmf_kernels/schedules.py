@@ -2,10 +2,10 @@
 
 import torch
 
-from .class_parallel import ClassShares
 from .counts import ClassCounts
 from .margins import effective_number_weights
 from .modules import _Loss
+from .sharded.shares import ClassShares
 
 
 class DeferredReweighting:

@@ -10,9 +10,11 @@ The emulator refuses accesses out of bounds, misaligned or uninitialised, and ra
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -26,7 +28,7 @@ from ptxsim.machine import LoadedModule
 from ptxsim.memory import GLOBAL_BASE, Memory
 from torch import Tensor
 
-from lmf_kernels import _ops
+from lmf_kernels import _backends, _ops
 from lmf_kernels._build.toolkit import NVCC_FLAGS, Toolkit, find_toolkit
 
 ROOT = Path(__file__).parent.parent
@@ -100,6 +102,20 @@ class Emulator:
     # Runs the last block alone, of tensors of which so many last rows have memory and fit in: for launches that are
     # too large to be emulated.
     tail: int | None = None
+
+    def backend(self) -> _backends.Backend:
+        """The row of the native backend with these kernels."""
+
+        def backward_like(step: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *arguments: step(*arguments[:-1], *arguments[-1])
+
+        kernels = _backends.Kernels(
+            lambda logits, target, tables, options: self.forward(logits, target, *tables, *options),
+            backward_like(self.backward),
+            backward_like(self.backward_),
+            lambda logits, target, first_class, options: self.sums(logits, target, first_class, *options),
+        )
+        return dataclasses.replace(_backends.TABLE["native"], kernels=kernels)
 
     def forward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         return _ops._C.trace_cuda_forward(self._launch, self.multiprocessors, *arguments)
@@ -202,12 +218,10 @@ def _bytes(tensor: Tensor) -> Tensor:
 def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Emulator:
     """The native backend on CPU tensors is the emulated CUDA backend."""
     emulator = Emulator()
-    monkeypatch.setitem(_ops.EAGER, "native", (emulator.forward, emulator.backward))
-    monkeypatch.setitem(_ops.SLICES, "native", (emulator.sums, emulator.backward_))
+    monkeypatch.setitem(_backends.TABLE, "native", emulator.backend())
     return emulator
 
 
 def pytest_configure(config: pytest.Config) -> None:
     emulator = Emulator()
-    _ops.EAGER["native"] = _ops.OPS["native"] = (emulator.forward, emulator.backward)
-    _ops.SLICES["native"] = (emulator.sums, emulator.backward_)
+    _backends.TABLE["native"] = emulator.backend()

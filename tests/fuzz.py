@@ -30,6 +30,7 @@ from torch import Tensor
 import lmf_kernels
 from lmf_kernels import FocalLoss, LDAMLoss, LMFLoss, _ops, lmf_loss
 from lmf_kernels._call import Options
+from lmf_kernels._native import _C
 
 DOCUMENTED = (ValueError, TypeError, IndexError, RuntimeError)
 VALID_EVERY = 20
@@ -246,11 +247,13 @@ def call_raw_op(rng: random.Random) -> Call:
         arguments[name] = torch.tensor(2.0) if reduction == 1 and rng.random() < 0.5 else None
     arguments.update(alpha=1.0, beta=1.0, gamma=1.5, s=rng.choice((1.0, 30.0)), ignore_index=-100, reduction=reduction)
     backend = rng.choice(list(_ops.OPS)) if rng.random() < 0.05 else "native"
-    forward, backward = (_ops.OPS if rng.random() < 0.5 else _ops.EAGER)[backend]
+    forward, backward = _ops.OPS[backend].forward, _ops.OPS[backend].backward
+    if backend == "native" and rng.random() < 0.5:
+        forward, backward = _C.native_forward, _C.native_backward
     if rng.random() < 0.5:
         changed = replace(rng, arguments, list(arguments))
         return raw(forward, changed, arguments)
-    loss, saved, denominators = _ops.OPS["native"][0](*arguments.values())
+    loss, saved, denominators = _ops.OPS["native"].forward(*arguments.values())
     arguments = {"grad_output": torch.ones_like(loss), "logits": z, "target": y, "saved": saved,
                  "denominators": denominators,
                  **{name: arguments[name] for name in Options._fields}}  # fmt: skip

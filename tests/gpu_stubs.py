@@ -141,16 +141,16 @@ def triton_on_cpu():
     from gpu_offline import device_of
     from ptxsim.emulate import emulate
 
-    from lmf_kernels import _triton
+    from lmf_kernels.triton import launch as triton_launch
 
-    launch = _triton._launch
+    launch = triton_launch._launch
 
     def taped(*args):
         launch(*args)
         if _tape is not None:
             _tape.append(lambda: launch(*args))
 
-    with device_of(1), emulate(target=90) as launches, mock.patch.object(_triton, "_launch", taped):
+    with device_of(1), emulate(target=90) as launches, mock.patch.object(triton_launch, "_launch", taped):
         yield launches
 
 

@@ -24,9 +24,11 @@ from triton.backends.nvidia.driver import CudaDriver
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from gpu_offline import CASES, MULTIPROCESSORS
 
-from lmf_kernels import _triton, _triton_sums, lmf_loss
+from lmf_kernels import lmf_loss
+from lmf_kernels._call import SUM, Options
+from lmf_kernels.triton import launch as triton_launch
 
-FORWARD, BACKWARD, SUMS = _triton.forward_kernel, _triton.backward_kernel, _triton_sums.sums_kernel
+FORWARD, BACKWARD, SUMS = triton_launch.forward_kernel, triton_launch.backward_kernel, triton_launch.sums_kernel
 FORMAT = {"u64": "<Q", "s64": "<q", "b64": "<q", "u32": "<I", "s32": "<i", "b32": "<i", "f64": "<d", "f32": "<f"}
 BYTES = {name: struct.calcsize(text) for name, text in FORMAT.items()}
 
@@ -80,7 +82,7 @@ class Stream:
     current = 0x5EED0
 
 
-def set_up(libcuda: str) -> _triton._Device:
+def set_up(libcuda: str) -> triton_launch.Device:
     """A device of the package and of Triton, whose driver is the stub."""
     warnings.filterwarnings("ignore", "CUDA initialization")  # autograd asks the stub for more than it has
     ctypes.CDLL(libcuda).stub_on_launch(on_launch)
@@ -89,9 +91,9 @@ def set_up(libcuda: str) -> _triton._Device:
     torch.cuda.is_current_stream_capturing = lambda: False
     torch._C._cuda_getCurrentRawStream = lambda _: Stream.current
     triton.runtime.driver.set_active(CudaDriver())
-    device = _triton._Device(torch.device("cpu", 0))
+    device = triton_launch.Device(torch.device("cpu", 0))
     device.on_gpu, device.multiprocessors = True, MULTIPROCESSORS
-    _triton._device = lambda _: device
+    triton_launch.device_of = lambda _: device
     return device
 
 
@@ -191,7 +193,7 @@ class Variant(NamedTuple):
     reduction: str
     tables: bool  # margins and weights
     normalizer: bool  # of tensors
-    statistics: bool  # those of a slice of classes, too
+    sums: bool  # those of a slice of classes, too
     misaligned: bool  # and in memory that is not divisible by 16, too
 
 
@@ -261,7 +263,7 @@ def call(variant: Variant, number: int, direct: bool, offset: int = 0) -> list[i
     if variant.reduction != "none" or forward.plan.tile.chunk < C:
         assert partials.shape == (4 * forward.plan.programs,) and partials.dtype == accumulated
         assert counter.dtype == torch.int32 and counter[0] == 0
-        assert counter is _triton._device(None)._of_stream[Stream.current]
+        assert counter is triton_launch.device_of(None)._of_stream[Stream.current]
     else:
         assert partials is counter is None
     same = {"logits": logits, "target": target, "rows": rows, "stride_c": stride_c}
@@ -279,16 +281,14 @@ def call(variant: Variant, number: int, direct: bool, offset: int = 0) -> list[i
     if variant.reduction == "none":
         check_rows(read, ("outer_0", "outer_1", "outer_2"), outer, False)
 
-    if variant.statistics:
+    if variant.sums:
         with torch.no_grad():
-            found = _triton_sums.sums(logits, target, 3, 1.25, 0.75, 1.5, options["s"], ignore_index, 2)
-        known = {name: same[name] for name in ("logits", "rows", "stride_c")} | {"sums": found, "s": options["s"]}
+            found = triton_launch.sums(logits, target, 3, Options(1.25, 0.75, 1.5, options["s"], ignore_index, SUM))
+        known = same | {"sums": found, "s": options["s"], "first_class": 3, "ignore_index": ignore_index}
         read = check(ASKED[2], SEEN[2], known)
         check_rows(read, ("stride_0", "stride_1", "stride_2"), logits, True)
-        local = ASKED[2].values["target"]  # the labels as classes of the slice
-        assert local.shape == target.shape and local.dtype == torch.int64
-        check_rows(read, ("target_0", "target_1", "target_2"), local, False)
-    assert len(ASKED) == len(SEEN) == 2 + variant.statistics
+        check_rows(read, ("target_0", "target_1", "target_2"), target, False)
+    assert len(ASKED) == len(SEEN) == 2 + variant.sums
     assert [asked.by_triton for asked in ASKED] == [0 if direct else 1] * len(ASKED), "not launched the expected way"
     return [seen.function for seen in SEEN]
 
@@ -342,7 +342,7 @@ def everything() -> list[Variant]:
 if __name__ == "__main__":
     libcuda, amount = sys.argv[1:]
     set_up(libcuda)
-    _triton._launch = spy(_triton._launch)
+    triton_launch._launch = spy(triton_launch._launch)
     total = 0
     for each in sample() if amount == "sample" else everything():
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from importlib.util import find_spec
 
@@ -15,7 +16,7 @@ from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
-from lmf_kernels import FocalLoss, LDAMLoss, LMFLoss, _ops, ldam_margins, lmf_loss
+from lmf_kernels import FocalLoss, LDAMLoss, LMFLoss, _backends, ldam_margins, lmf_loss
 
 COUNTS = [500, 80, 9, 40]
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -235,7 +236,7 @@ def test_vmap(reduction, name, backend):
 def test_vmap_is_one_kernel_call_each_way(reduction, calls, fused, monkeypatch):
     """The mapped dimension is folded into N; the two denominators of each entry's 'mean' need a call of their own."""
     counted = {"forward": 0, "backward": 0}
-    forward, backward = _ops.EAGER[fused]
+    row = _backends.TABLE[fused]
 
     def count(name, step):
         def call(*arguments):
@@ -244,7 +245,9 @@ def test_vmap_is_one_kernel_call_each_way(reduction, calls, fused, monkeypatch):
 
         return call
 
-    monkeypatch.setitem(_ops.EAGER, fused, (count("forward", forward), count("backward", backward)))
+    forward, backward = count("forward", row.kernels.forward), count("backward", row.kernels.backward)
+    kernels = row.kernels._replace(forward=forward, backward=backward)
+    monkeypatch.setitem(_backends.TABLE, fused, dataclasses.replace(row, kernels=kernels))
     z, y = labelled(7, 5)
     vmap(grad(lambda z, y: lmf_loss(z, y, reduction=reduction, backend=fused).sum()))(z, y)
     assert counted == {"forward": calls, "backward": calls}

@@ -40,7 +40,7 @@ def _fresh_compiler():
 
 def compiled_graphs():
     """How often Dynamo compiled: once for each recompilation and each part between graph breaks."""
-    return counters["saved"]["unique_graphs"]
+    return counters["stats"]["unique_graphs"]
 
 
 def losses(backend):

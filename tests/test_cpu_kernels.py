@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="native kernels do not run i
 def test_lower_instruction_sets_pass_the_same_tests(capability):
     """The other test files run the best kernels of this machine."""
     environment = {**os.environ, "LMF_CPU_CAPABILITY": capability, "LMF_TEST_BACKENDS": "native"}
-    shown = "from lmf_kernels._ops import cpu_capability as c; print(c())"
+    shown = "from lmf_kernels._backends import cpu_capability as c; print(c())"
     found = subprocess.run([sys.executable, "-c", shown], cwd=ROOT, env=environment, capture_output=True, text=True)
     if found.stdout.strip() != capability:
         pytest.skip(f"this CPU has no {capability}")

@@ -12,7 +12,7 @@ from cuda_resources import cuobjdump, resources
 from torch._subclasses import FakeTensorMode
 
 import lmf_kernels
-from lmf_kernels import _ops, lmf_loss
+from lmf_kernels import _backends, _ops, lmf_loss
 from lmf_kernels._call import Options, Tables
 
 pytestmark = needs_cuda_build
@@ -69,13 +69,13 @@ def test_loss_and_gradient_of_fake_cuda_tensors(reduction, dtype):
         assert loss.requires_grad and "FusedLoss" in loss.grad_fn.name()
         _, saved, denominators = forward_op(logits, target, reduction)
         options = options_of(reduction)
-        grad = _ops.OPS["native"][1](torch.ones_like(loss), logits, target, saved, denominators, *options)
+        grad = _ops.OPS["native"].backward(torch.ones_like(loss), logits, target, saved, denominators, *options)
         assert grad.device == logits.device and grad.dtype == dtype
         assert grad.stride() == torch.empty_like(logits).stride()
 
 
 def forward_op(logits, target, reduction="mean"):
-    return _ops.OPS["native"][0](logits, target, *Tables(), *options_of(reduction))
+    return _ops.OPS["native"].forward(logits, target, *Tables(), *options_of(reduction))
 
 
 def options_of(reduction):
@@ -83,11 +83,11 @@ def options_of(reduction):
 
 
 def test_ops_have_cuda_kernels_and_pass_opcheck_as_far_as_it_goes_without_a_gpu():
-    forward, backward = _ops.OPS["native"]
-    for op in (forward, backward, *_ops.SLICES["native"]):
+    forward, backward, *_ = _ops.OPS["native"]
+    for op in _ops.OPS["native"]:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CUDA")
     assert "cuda" in lmf_kernels._ops._C.devices()
-    assert "native" in _ops.available_backends(torch.device("cuda"))
+    assert "native" in _backends.available_backends(torch.device("cuda"))
     with FakeTensorMode():
         logits, target = fake((4, 5)).requires_grad_(), fake((4,), torch.int64)
         options = options_of("mean")
@@ -100,7 +100,7 @@ def test_ops_have_cuda_kernels_and_pass_opcheck_as_far_as_it_goes_without_a_gpu(
 
 def test_sums_and_gradient_over_fake_cuda_logits():
     """As in memory estimates."""
-    sums, backward_ = _ops.SLICES["native"]
+    *_, backward_, sums = _ops.OPS["native"]
     with FakeTensorMode():
         logits, target = fake((4, 5, 3), torch.bfloat16), fake((4, 3), torch.int64)
         result = sums(logits, target, 0, *options_of("sum"))
@@ -115,5 +115,5 @@ def test_graph_of_cuda_tensors_holds_one_op():
     with FakeTensorMode():
         graph = make_fx(lambda z, y: forward_op(z, y))(fake((4, 5)), fake((4,), torch.int64)).graph
     assert [node.target for node in graph.nodes if node.op == "call_function" and "get" not in str(node.target)] == [
-        _ops.OPS["native"][0]
+        _ops.OPS["native"].forward
     ]

@@ -11,9 +11,8 @@ from checks import assert_exact, check
 from cuda_emulator import emulated_cuda, needs_cuda_build  # noqa: F401  (the fixture `cuda`)
 from oracle import expected
 
-from lmf_kernels._call import Options
-from lmf_kernels.reference import NONE
-from lmf_kernels.row_sums import slice_sums
+from lmf_kernels._call import NONE, Options
+from lmf_kernels.math.slices import slice_sums
 
 OPTIONS = Options(1.0, 1.0, 1.5, 5.0, -100, NONE)
 
@@ -73,7 +72,7 @@ def test_last_block_of_huge_sums_and_of_a_gradient_over_the_logits(kernel, cuda)
     logits, target, last, blocks = huge_batch(kernel, 2 * classes, cuda)
     sums = cuda.sums(logits, target, classes // 2, *OPTIONS)
     small, labels = logits[last].clone(), target[last[::2]].clone()
-    exact = slice_sums(small.double(), labels, classes // 2, *OPTIONS)
+    exact = slice_sums(small.double(), labels, classes // 2, OPTIONS)
     assert_exact(sums[:, -exact.shape[1] :], exact, "m, t1, t2, z_y")
 
     saved, outer, none = torch.empty(5, target.numel()), torch.tensor(0.5).expand(target.shape), torch.empty(0)
@@ -91,6 +90,6 @@ def test_rows_that_are_far_apart(classes, multiprocessors, chunks, cuda):
     logits.copy_(torch.randn(2, classes))
     target = torch.tensor([classes - 1, 3])
     check(logits, target, "native", torch.rand(2), reduction="none")
-    exact = slice_sums(logits.double(), target, 0, *OPTIONS)
+    exact = slice_sums(logits.double(), target, 0, OPTIONS)
     assert_exact(cuda.sums(logits, target, 0, *OPTIONS), exact)
     assert [cuda.launches[i].blocks for i in (0, 2)] == [2 * chunks if chunks > 1 else 1] * 2

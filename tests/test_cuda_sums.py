@@ -14,8 +14,8 @@ from emulated_cases import CASES, layouts, misaligned
 from pairwise import pairs
 from test_cuda_kernels import LAYOUTS, SHAPES, TERMS
 
-from lmf_kernels.reference import NONE, SUM
-from lmf_kernels.row_sums import slice_sums
+from lmf_kernels._call import NONE, SUM, Options
+from lmf_kernels.math.slices import slice_sums
 
 pytestmark = needs_cuda_build
 FIRST = {"whole row": 0, "first part": 0, "a middle part": 17, "target elsewhere": 10**9, "beyond 32 bits": 2**40}
@@ -32,7 +32,9 @@ def labels(shape, first):
 def sums(cuda, z, y, first, alpha, beta, s, ignore_index=-100):
     got = cuda.sums(z, y, first, alpha, beta, 1.5, s, ignore_index, SUM)
     assert got.dtype == accumulated(z.dtype)
-    assert_exact(got, slice_sums(z.double(), y, first, alpha, beta, 1.5, s, ignore_index, SUM), "m, t1, t2, z_y")
+    assert_exact(
+        got, slice_sums(z.double(), y, first, Options(alpha, beta, 1.5, s, ignore_index, SUM)), "m, t1, t2, z_y"
+    )
     return got
 
 
@@ -79,7 +81,7 @@ def test_special_values(shape, cuda):
     if size[0] > 2:
         z[1, size[1] // 2], z[2, -1] = math.nan, math.inf
     got = cuda.sums(z, y, 0, 1.0, 1.0, 1.5, 3.0, -100, SUM)
-    exact = slice_sums(z.double(), y, 0, 1.0, 1.0, 1.5, 3.0, -100, SUM)
+    exact = slice_sums(z.double(), y, 0, Options(1.0, 1.0, 1.5, 3.0, -100, SUM))
     assert_exact(got[1:], exact[1:], "t1, t2, z_y")
     finite = exact[1].isfinite()
     assert_exact(got[0, finite], exact[0, finite], "m")
@@ -193,8 +195,8 @@ def test_a_layout_that_is_copied(cuda):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_slices_make_the_whole(shape, dtype, cuda):
     """Statistics of slices joined, loss, and gradients over the slices, against the oracle."""
-    for hyper in test_row_sums.HYPERS:
-        test_row_sums.compare(shape, dtype, hyper, "native")
+    for options in test_row_sums.OPTIONS:
+        test_row_sums.compare(shape, dtype, options, "native")
 
 
 @pytest.mark.parametrize("elements", [None, 66 * 65, 700], ids=["one chunk", "rows", "classes"])

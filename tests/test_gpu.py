@@ -10,9 +10,9 @@ from torch import nn
 from torch.func import grad, jacrev, vmap
 from torch.utils.checkpoint import checkpoint
 
-from lmf_kernels import LMFLoss, _ops, global_normalizer, linear_lmf_loss, lmf_loss
-from lmf_kernels.reference import SUM
-from lmf_kernels.row_sums import slice_sums
+from lmf_kernels import LMFLoss, _backends, global_normalizer, linear_lmf_loss, lmf_loss
+from lmf_kernels._call import SUM, Options
+from lmf_kernels.math.slices import slice_sums
 
 CUDA = torch.device("cuda")  # which the stubs of tests/gpu_stubs.py replace
 COUNTS = [500, 80, 9, 40]
@@ -20,7 +20,7 @@ COUNTS = [500, 80, 9, 40]
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA or ROCm device", allow_module_level=True)
 
-pytestmark = pytest.mark.parametrize("backend", [b for b in _ops.available_backends(CUDA) if b != "reference"])
+pytestmark = pytest.mark.parametrize("backend", [b for b in _backends.available_backends(CUDA) if b != "reference"])
 
 
 def exact(z, y, criterion, **options):
@@ -76,7 +76,7 @@ def test_compiled_without_recompilation(backend):
         exact_loss, exact_grad = exact(z, y, criterion)
         assert_exact(loss.cpu(), exact_loss)
         assert_exact(torch.autograd.grad(loss, z)[0].cpu(), exact_grad)
-    assert torch._dynamo.utils.counters["saved"]["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_cuda_graph_sees_new_weights(backend):
@@ -135,18 +135,18 @@ def test_checkpointing_and_double_backward(backend):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_slices_of_the_classes(shape, dtype, backend):
     """Statistics of a slice, and the gradient written over its logits alone."""
-    sums, backward_ = _ops.SLICES[backend]
+    kernels = _backends.TABLE[backend].kernels
     whole = torch.randn(shape, device=CUDA).to(dtype)
     z = whole[:, 3:]
     y = torch.randint(0, shape[1] + 9, (shape[0], *shape[2:]), device=CUDA)
-    options = 1.0, 1.0, 1.5, 5.0, 5, SUM
-    got = sums(z, y, 3, *options)
-    assert_exact(got.cpu(), slice_sums(z.cpu().double(), y.cpu(), 3, *options))
+    options = Options(1.0, 1.0, 1.5, 5.0, 5, SUM)
+    got = kernels.sums(z, y, 3, options)
+    assert_exact(got.cpu(), slice_sums(z.cpu().double(), y.cpu(), 3, options))
     saved = torch.rand(5, y.numel(), device=CUDA, dtype=got.dtype)
     none, outer = saved.new_empty(0), saved.new_tensor(0.5)
     before = whole.clone()
-    beside = _ops.EAGER[backend][1](outer, z, y - 3, saved, none, *options)
-    backward_(outer, z, y - 3, saved, none, *options)
+    beside = kernels.backward(outer, z, y - 3, saved, none, options)
+    kernels.backward_(outer, z, y - 3, saved, none, options)
     assert torch.equal(z, beside) and torch.equal(whole[:, :3], before[:, :3])
 
 

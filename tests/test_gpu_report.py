@@ -32,7 +32,7 @@ import gpu_times
 from gpu_cases import QUICK, Case, Run
 from gpu_rows import Budget, Rows
 
-from lmf_kernels import _ops
+from lmf_kernels import _backends
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def cpu_kernels(cuda, monkeypatch):
         run(*(() if prepare is None else (prepare(),)))
         return 50.0
 
-    if "native" not in _ops.available_backends(CPU):
+    if "native" not in _backends.available_backends(CPU):
         pytest.skip("needs the native extension")
     lmf = gpu_cases.lmf
     monkeypatch.setattr(gpu_cases, "lmf", lambda C, at, backend: lmf(C, at, backend.replace("triton", "native")))
@@ -229,10 +229,10 @@ def test_compiled_and_native(cpu_kernels, tmp_path, monkeypatch, capsys):
     status, rows = part("compiled", tmp_path)
     assert status == 0 and not errors(rows)
     assert len(rows) == 3 * 5 and {row["loss"] for row in rows} == {"lmf compiled"} and len(resets) == 6
-    if "native" not in _ops.available_backends(torch.device("cuda")):
+    if "native" not in _backends.available_backends(torch.device("cuda")):
         assert part("native", tmp_path) == (0, [])
         assert "the extension has no CUDA kernels" in capsys.readouterr().out
-    monkeypatch.setattr(_ops, "available_backends", lambda device: ("triton", "native", "reference"))
+    monkeypatch.setattr(_backends, "available_backends", lambda device: ("triton", "native", "reference"))
     status, rows = part("native", tmp_path)
     assert status == 0 and not errors(rows) and len(rows) == 4 * len(gpu_cases.cases(QUICK))
     assert {row["loss"] for row in rows} == {"lmf native"}
@@ -362,7 +362,7 @@ def test_sanitizer(cuda, on_path, tmp_path, monkeypatch):
 def test_what_the_sanitizer_runs(emulated, monkeypatch, capsys):
     assert {case.regime for case in gpu_sanitized.CASES} == {case.regime for case in gpu_cases.cases(QUICK)}
     monkeypatch.setattr(gpu_sanitized, "CASES", gpu_sanitized.CASES[-1:])
-    monkeypatch.setattr(_ops, "available_backends", lambda device: ("triton", "reference"))
+    monkeypatch.setattr(_backends, "available_backends", lambda device: ("triton", "reference"))
     gpu_sanitized.main(CPU)
     assert capsys.readouterr().out == "case: triton, dense, (2, 5, 9, 7) bfloat16\n"
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import lmf_kernels
-from lmf_kernels import _ops
+from lmf_kernels import _backends
 
-CPU = _ops.available_backends(torch.device("cpu"))
+CPU = _backends.available_backends(torch.device("cpu"))
 ROOT = Path(lmf_kernels.__file__).parents[1]
 
 # Blocks imports as a missing package does, whatever is installed.
@@ -98,7 +98,7 @@ raw = (z, y, None, None, None, None, None, 1.0, 1.0, 1.5, 30.0, -100, 1)
 assert "pip install triton" in error_of(torch.ops.lmf_kernels.triton_forward, *raw)
 raw = (torch.ones(()), z, y, torch.ones(5, 6), torch.ones(2), *raw[7:])
 assert "pip install triton" in error_of(torch.ops.lmf_kernels.triton_backward, *raw)
-assert lmf_kernels._ops.available_backends(torch.device("cuda"))[0] != "triton"
+assert lmf_kernels._backends.available_backends(torch.device("cuda"))[0] != "triton"
 """
     )
 
@@ -116,7 +116,7 @@ texts = [str(warning.message) for warning in seen if "lmf_kernels" in str(warnin
 assert len(texts) == 1 and "reference" in texts[0] and "python -m lmf_kernels build" in texts[0], texts
 message = error_of(lmf_loss, z, y, backend="native")
 assert "No module named 'lmf_kernels._C'; build it: python -m lmf_kernels build" in message, message
-assert lmf_kernels._ops.cpu_capability() == "none"
+assert lmf_kernels._backends.cpu_capability() == "none"
 """
     )
 
@@ -138,22 +138,22 @@ def test_extension_built_without_cuda_and_devices_that_no_kernel_knows():
     in_fresh_python(
         USE
         + """
-from lmf_kernels import _ops
-_ops._native_devices = ("cpu",)  # as such a build answers
+from lmf_kernels import _backends
+_backends._native_devices = ("cpu",)  # as such a build answers
 use()
-message = error_of(_ops.select_backend, "native", torch.device("cuda"))
+message = error_of(_backends.select_backend, "native", torch.device("cuda"))
 assert "without CUDA" in message and "toolkit" in message and "LMF_BUILD_CUDA=1" in message, message
-_ops.HAS_TRITON, _ops.no_triton = False, "the package triton is missing"
-_ops._auto_choice["cuda"] = _ops.available_backends(torch.device("cuda"))[0]
+_backends.no_triton = "the package triton is missing"
+_backends._auto_choice["cuda"] = _backends.available_backends(torch.device("cuda"))[0]
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
-    assert _ops.select_backend("auto", torch.device("cuda")) == "reference"
+    assert _backends.select_backend("auto", torch.device("cuda")).name == "reference"
 (text,) = (str(warning.message) for warning in seen)
 assert "without CUDA" in text and "triton is missing" in text, text
 warnings.simplefilter("error")
 for device in ("mps", "xpu", "meta"):
-    assert _ops.select_backend("auto", torch.device(device)) == "reference"
-    message = error_of(_ops.select_backend, "native", torch.device(device))
+    assert _backends.select_backend("auto", torch.device(device)).name == "reference"
+    message = error_of(_backends.select_backend, "native", torch.device(device))
     assert device in message and "no native kernels" in message, message
 """
     )
@@ -194,17 +194,17 @@ def test_triton_that_is_too_old_is_passed_over_with_one_warning(native_on_cuda, 
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         + USE
         + f"""
-from lmf_kernels import _ops
+from lmf_kernels import _backends
 use()
 message = error_of(lmf_loss, z, y, backend="triton")
 assert "triton 3.3.1 is too old" in message and "triton >= 3.4" in message, message
-_ops._native_devices = ("cpu", "cuda") if {native_on_cuda} else ("cpu",)
-want = _ops._auto_choice["cuda"] = _ops.available_backends(torch.device("cuda"))[0]
+_backends._native_devices = ("cpu", "cuda") if {native_on_cuda} else ("cpu",)
+want = _backends._auto_choice["cuda"] = _backends.available_backends(torch.device("cuda"))[0]
 assert want == ("native" if {native_on_cuda} else "reference")
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
-    assert _ops.select_backend("auto", torch.device("cuda")) == want
-    assert _ops.select_backend("auto", torch.device("cuda")) == want
+    assert _backends.select_backend("auto", torch.device("cuda")).name == want
+    assert _backends.select_backend("auto", torch.device("cuda")).name == want
 (text,) = (str(one.message) for one in seen)
 assert want in text and "on cuda" in text and "triton 3.3.1 is too old" in text, text
 """
@@ -225,18 +225,21 @@ def test_the_installation_is_shown_and_checked():
 def test_an_installation_that_computes_something_else_is_reported():
     in_fresh_python(
         """
+import dataclasses
 import torch
-from lmf_kernels import _installation, _ops
-true = _ops.EAGER["native"]
+from lmf_kernels import _backends, _installation
+row = _backends.TABLE["native"]
+def with_forward(forward):
+    _backends.TABLE["native"] = dataclasses.replace(row, kernels=row.kernels._replace(forward=forward))
 def wrong(*arguments):
-    loss, saved, denominators = true[0](*arguments)
+    loss, saved, denominators = row.kernels.forward(*arguments)
     return loss * (1 + 1e-4), saved, denominators
-_ops.EAGER["native"] = wrong, true[1]
+with_forward(wrong)
 lines, sound = _installation.report()
 assert not sound and any(line.startswith("native") and "FAILED" in line for line in lines), lines
 def broken(*arguments):
     raise OSError("no such kernel")
-_ops.EAGER["native"] = broken, true[1]
+with_forward(broken)
 lines, sound = _installation.report()
 assert not sound and any("FAILED, OSError: no such kernel" in line for line in lines), lines
 """

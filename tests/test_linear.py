@@ -13,8 +13,9 @@ from oracle import expected
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lmf_kernels import LinearLMFLoss, LMFLoss, linear_chunks, linear_lmf_loss, lmf_loss
-from lmf_kernels.linear_passes import backward_by_chunks, forward_by_chunks
+from lmf_kernels import LinearLMFLoss, LMFLoss, linear_lmf_loss, lmf_loss
+from lmf_kernels._backends import TABLE
+from lmf_kernels.linear import autograd, chunks
 
 CPU_ONLY = pytest.mark.skipif(INTERPRETED, reason="the interpreter's process tests Triton alone")
 ERROR = {torch.float64: 1e-12, torch.float32: 1e-5}  # of the largest gradient element
@@ -93,9 +94,9 @@ def test_loss_and_gradients(dtype, budget, backend):
 
 def test_the_budgets_are_what_they_say():
     """The cases above take the ways they are named after."""
-    plans = [linear_chunks.plan_chunks(137, 301, torch.float64, "native", budget or 0) for budget in BUDGETS]
+    plans = [chunks.plan_chunks(137, 301, torch.float64, TABLE["native"], budget or 0) for budget in BUDGETS]
     assert plans[0] == (137, 301)
-    assert plans[1].classes == 301 and linear_chunks.FEWEST_ROWS <= plans[1].rows < 137
+    assert plans[1].classes == 301 and chunks.FEWEST_ROWS <= plans[1].rows < 137
     assert plans[2].classes < 301
 
 
@@ -177,7 +178,7 @@ def test_only_needed_gradients_are_computed():
                 torch.ops.lmf_kernels.linear_forward.default,
                 torch.ops.lmf_kernels.linear_backward.default,
             ):
-                run = backward_by_chunks if "backward" in str(function) else lambda *a: forward_by_chunks(None, *a)
+                run = autograd.backward_op if "backward" in str(function) else autograd.forward_op
                 with self:
                     return run(*arguments)
             self.count += "mm" in str(function)
@@ -340,7 +341,7 @@ def test_peak_memory_of_a_real_step():
 
     part, weight = x.detach()[:chunk_rows], w.detach()
     logits, gradient = torch.zeros(chunk_rows, classes, dtype=x.dtype), torch.empty_like(part)
-    some = logits[:, : linear_chunks.CPU_SLICE // (2 * features)]
+    some = logits[:, : chunks.CPU_SLICE // (2 * features)]
     products = (
         lambda: torch.mm(part, weight.t(), out=logits),
         lambda: some.t() @ part,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from checks import INTERPRETED
 
-from lmf_kernels import linear_chunks
+from lmf_kernels.linear import chunks
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter's process tests Triton alone")
@@ -17,7 +17,7 @@ def test_quick_report(monkeypatch, capsys):
     import linear_report
 
     monkeypatch.setattr(linear_report, "QUICK", [((512, 16, 20_000), linear_report.torch.float32)])
-    monkeypatch.setattr(linear_chunks, "MEMORY_BUDGET", 64 * 20_000 * 4)
+    monkeypatch.setattr(chunks, "MEMORY_BUDGET", 64 * 20_000 * 4)
     assert linear_report.main(["--quick", "--rounds", "1"]) == 0
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     parts = {row[0]: float(row[4].removesuffix("%")) for row in rows if re.fullmatch(r"[\d.]+%", row[-1])}

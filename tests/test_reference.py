@@ -11,7 +11,9 @@ from checks import assert_exact
 from oracle import expected
 
 from lmf_kernels import lmf_loss
-from lmf_kernels.reference import focal_of_log_odds, reference_loss, softplus
+from lmf_kernels._call import Options, Tables
+from lmf_kernels.math.reference import reference_loss
+from lmf_kernels.math.rows import focal_value, softplus
 
 GRID = [-700.0, -300.0, -100.0, -40.0, -20.0, -5.0, -1.0, -1e-3, 0.0, 1e-3, 1.0, 5.0, 20.0, 40.0, 100.0, 300.0, 700.0]
 
@@ -44,11 +46,11 @@ def test_focal_of_log_odds_and_its_derivatives(gamma):
         odds = mpmath.exp(a)
         return (odds / (1 + odds)) ** gamma * mpmath.log1p(odds)
 
-    compare(derivatives(lambda a: focal_of_log_odds(a, gamma), GRID), exact, GRID)
+    compare(derivatives(lambda a: focal_value(a, gamma), GRID), exact, GRID)
 
 
 def test_focal_of_infinite_log_odds():
-    value, first, second = derivatives(lambda a: focal_of_log_odds(a, 2.0), [math.inf])
+    value, first, second = derivatives(lambda a: focal_value(a, 2.0), [math.inf])
     assert (value.item(), first.item(), second.item()) == (math.inf, 1.0, 0.0)
 
 
@@ -56,7 +58,7 @@ def test_focal_of_infinite_log_odds():
 def test_bad_labels_poison_their_row(reduction, code):
     z, y = torch.randn(5, 4, requires_grad=True), torch.tensor([0, 4, -100, -1, 3])
     w = torch.rand(4) + 0.1
-    loss = reference_loss(z, y, None, w, w, None, None, 1.0, 1.0, 1.5, 30.0, -100, code)
+    loss = reference_loss(z, y, Tables(None, w, w), Options(1.0, 1.0, 1.5, 30.0, -100, code))
     (grad,) = torch.autograd.grad(loss, z, torch.ones_like(loss))
     want_loss, want_grad = expected(z, y, weight=w, reduction=reduction)
     assert_exact(loss.detach(), want_loss)

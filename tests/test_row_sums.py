@@ -1,4 +1,4 @@
-"""Statistics of rows over slices of their classes, and gradients written over slices of the logits."""
+"""Sums of rows over slices of their classes, and gradients written over slices of the logits."""
 
 from __future__ import annotations
 
@@ -11,15 +11,24 @@ from checks import INTERPRETED, accumulated, assert_exact
 from oracle import expected
 from torch import Tensor
 
-from lmf_kernels._ops import backward_op_, sums_op
-from lmf_kernels.reference import SUM
-from lmf_kernels.row_sums import Hyper, RowTables, combine, finish, no_sums
+from lmf_kernels._backends import TABLE
+from lmf_kernels._call import SUM, Options, Tables
+from lmf_kernels.math.rows import RowTables, read_labels
+from lmf_kernels.math.slices import combine, finish, no_sums, scales
 
 SHAPES = [(7, 5), (9, 300), (3, 5, 4, 2), (2, 1000), (70, 8)]
-HYPERS = [Hyper(1.3, 0.7, 1.5, 5.0), Hyper(1.0, 0.0, 0.0, 5.0), Hyper(0.0, 1.0, 1.5, 5.0), Hyper(1.0, 1.0, 0.0, 1.0)]
+OPTIONS = [
+    Options(alpha, beta, gamma, s, -100, SUM)
+    for alpha, beta, gamma, s in (
+        (1.3, 0.7, 1.5, 5.0),
+        (1.0, 0.0, 0.0, 5.0),
+        (0.0, 1.0, 1.5, 5.0),
+        (1.0, 1.0, 0.0, 1.0),
+    )
+]
 
 
-def exact_sums(z: Tensor, y: Tensor, first: int, hyper: Hyper) -> Tensor:
+def exact_sums(z: Tensor, y: Tensor, first: int, options: Options) -> Tensor:
     """m, t1, t2, z_y of eq. 1 in float64, the sums relative to the own maximum."""
     rows = z.double().movedim(1, -1).reshape(-1, z.shape[1])
     local = y.reshape(-1) - first
@@ -27,12 +36,15 @@ def exact_sums(z: Tensor, y: Tensor, first: int, hyper: Hyper) -> Tensor:
     others = rows.masked_fill(mine, -math.inf)
     m = others.amax(1)
     d = torch.where(mine, -math.inf, rows - m.clamp_min(-1e300)[:, None])
-    t1 = (hyper.scales[0] * d).exp().sum(1)
-    t2 = (hyper.scales[1] * d).exp().sum(1)
+    t1 = (scales(options)[0] * d).exp().sum(1)
+    t2 = (scales(options)[1] * d).exp().sum(1)
     return torch.stack((m, t1, t2, torch.where(mine, rows, 0.0).sum(1)))
 
 
-def compare(shape: tuple[int, ...], dtype: torch.dtype, hyper: Hyper, backend: str, layout: str = "contiguous") -> None:
+def compare(
+    shape: tuple[int, ...], dtype: torch.dtype, options: Options, backend: str, layout: str = "contiguous"
+) -> None:
+    kernels = TABLE[backend].kernels
     classes = shape[1]
     z = (2 * torch.randn(shape)).to(dtype)
     if layout == "padded":
@@ -44,18 +56,19 @@ def compare(shape: tuple[int, ...], dtype: torch.dtype, hyper: Hyper, backend: s
     total = no_sums(y.numel(), z)
     slices = [(lo, hi) for lo, hi in itertools.pairwise(cuts) if hi > lo]
     for lo, hi in slices:
-        part = sums_op(backend)(z[:, lo:hi], y, lo, *hyper, -100, SUM)
-        exact = exact_sums(z[:, lo:hi], y, lo, hyper)
+        part = kernels.sums(z[:, lo:hi], y, lo, options)
+        exact = exact_sums(z[:, lo:hi], y, lo, options)
         assert_exact(part[:, kept], exact[:, kept], f"classes [{lo}, {hi})")
-        total = combine(total, part, hyper)
-    loss, saved, denominators = finish(total, y, classes, RowTables(None, None, None), None, None, hyper, -100, SUM)
-    options = hyper._asdict() | {"reduction": "sum"}
-    exact_loss, exact_grad = expected(z, y, **options)
+        total = combine(total, part, options)
+    loss, saved, denominators = finish(
+        total, read_labels(y, classes, -100), RowTables(None, None, None), Tables(), options
+    )
+    exact_loss, exact_grad = expected(z, y, **options._asdict() | {"reduction": "sum"})
     assert_exact(loss, exact_loss, "loss")
     outer = torch.ones((), dtype=accumulated(dtype))
     before, grad = z.clone(), z.clone()
     for lo, hi in slices:
-        backward_op_(backend)(outer, grad[:, lo:hi], y - lo, saved, denominators, *hyper, -100, SUM)
+        kernels.backward_(outer, grad[:, lo:hi], y - lo, saved, denominators, options)
         assert torch.equal(grad[:, hi:], before[:, hi:]), "only the slice is written"
     assert_exact(grad, exact_grad, "gradient")
 
@@ -63,22 +76,23 @@ def compare(shape: tuple[int, ...], dtype: torch.dtype, hyper: Hyper, backend: s
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_slices_make_the_whole(shape, dtype, backend):
-    for hyper in HYPERS[: 1 if INTERPRETED else None]:
-        compare(shape, dtype, hyper, backend)
+    for options in OPTIONS[: 1 if INTERPRETED else None]:
+        compare(shape, dtype, options, backend)
 
 
 def test_padded_rows(backend):
-    compare((9, 300), torch.float32, HYPERS[0], backend, "padded")
+    compare((9, 300), torch.float32, OPTIONS[0], backend, "padded")
 
 
 def test_special_values(backend):
     """NaN and +inf stay visible, -inf makes empty sums; a slice of its own class alone has no competitor."""
     inf, nan = math.inf, math.nan
+    sums, options = TABLE[backend].kernels.sums, Options(1.0, 1.0, 1.5, 3.0, -100, SUM)
     z = torch.tensor([[0.0, nan, 1], [2, inf, 0], [-inf, -inf, -inf], [1, 2, 3]])
-    m, t1, t2, z_y = sums_op(backend)(z, torch.tensor([0, 0, 5, 1]), 0, 1.0, 1.0, 1.5, 3.0, -100, SUM)
+    m, t1, t2, z_y = sums(z, torch.tensor([0, 0, 5, 1]), 0, options)
     assert t1[:2].isnan().all() and t2[:2].isnan().all()
     assert m[2] == -inf and t1[2] == 0 and t2[2] == 0 and z_y.tolist() == [0, 2, 0, 2]
-    alone = sums_op(backend)(z[3:, :1], torch.tensor([4]), 4, 1.0, 1.0, 1.5, 3.0, -100, SUM)
+    alone = sums(z[3:, :1], torch.tensor([4]), 4, options)
     assert alone[:, 0].tolist() == [-inf, 0, 0, 1]
 
 
@@ -93,4 +107,4 @@ def test_the_compiled_kernels_in_the_emulator(shape, monkeypatch):
     monkeypatch.setitem(checks.BAR, torch.float32, (4e-5, 1e-30))
     with emulate(target=90, racecheck=True, allow_post_atomic=True, approx_noise=True):
         for dtype in (torch.float32, torch.bfloat16):
-            compare(shape, dtype, HYPERS[0], "triton")
+            compare(shape, dtype, OPTIONS[0], "triton")

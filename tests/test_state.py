@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from lmf_kernels import DeferredReweighting, FocalLoss, LDAMLoss, LinearLMFLoss, LMFLoss, ldam_margins
-from lmf_kernels.tables import Tables
+from lmf_kernels._state import ClassBuffers
 
 COUNTS = [500, 80, 9, 40]
 OTHER = [7, 300, 41, 22]
@@ -242,7 +242,7 @@ def test_built_under_the_cuda_device():
 
 def test_tables_are_made_on_the_default_device():
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
-        tables = Tables(torch.rand(4, device="cpu"), {"ldam_weight": None})
+        tables = ClassBuffers(torch.rand(4, device="cpu"), {"ldam_weight": None})
     assert tables.margins.device.type == tables.ldam_weight.device.type == "cuda"
     assert tables._built["margins"].device.type == "cpu"
 

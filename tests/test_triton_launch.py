@@ -10,7 +10,7 @@ import torch
 from checks import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler, which the interpreter replaces")
-_triton = pytest.importorskip("lmf_kernels._triton")
+triton_launch = pytest.importorskip("lmf_kernels.triton.launch")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from gpu_offline import problem, stub_driver, whole  # noqa: E402
@@ -29,13 +29,13 @@ class Streams:
 def streams(monkeypatch):
     streams = Streams()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: streams.capturing)
-    monkeypatch.setattr(_triton._Device, "stream", lambda _: streams.current)
+    monkeypatch.setattr(triton_launch.Device, "stream", lambda _: streams.current)
     return streams
 
 
 @pytest.fixture
 def device():
-    device = _triton._Device(torch.device("cpu"))
+    device = triton_launch.Device(torch.device("cpu"))
     device.on_gpu = True
     return device
 
@@ -86,5 +86,5 @@ def test_no_compilation_for_another_number_of_rows(C):
             loss = lmf_loss(z.requires_grad_(), y, margins=table, weight=table, backend="triton")
             loss.backward()
         assert len(launched) == 16
-        for kernel in (_triton.forward_kernel, _triton.backward_kernel):
+        for kernel in (triton_launch.forward_kernel, triton_launch.backward_kernel):
             assert [len(cache) for cache, *_ in kernel.device_caches.values()] == [1]

@@ -11,8 +11,10 @@ from ptxsim import Device
 from ptxsim.memory import Memory
 from ptxsim.triton_run import compile_triton, is_tensor, specialise, unwrap
 
+from lmf_kernels._call import NONE, Options, Tables
+
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler, which the interpreter replaces")
-_triton = pytest.importorskip("lmf_kernels._triton")
+triton_launch = pytest.importorskip("lmf_kernels.triton.launch")
 TAIL = 1100  # rows that have memory
 
 SHAPES = {  # contiguous rows
@@ -50,21 +52,22 @@ def last_programs(kernel, device, plan, tensors, scalars, terms, reduction):
 @pytest.mark.parametrize("regime", list(SHAPES))
 def test_last_programs_of_a_huge_launch(regime, monkeypatch):
     rows, classes = SHAPES[regime]
-    device = _triton._Device(torch.device("cpu"))
+    device = triton_launch.Device(torch.device("cpu"))
     device.multiprocessors = 1 << 20  # so that a program has the rows of few units
-    monkeypatch.setattr(_triton, "_device", lambda _: device)
-    monkeypatch.setattr(_triton, "_launch", last_programs)
+    monkeypatch.setattr(triton_launch, "device_of", lambda _: device)
+    monkeypatch.setattr(triton_launch, "_launch", last_programs)
     logits = torch.empty((rows, classes), dtype=torch.bfloat16)
     target = torch.empty(rows, dtype=torch.int64)
     assert logits.numel() > 2**31
     logits[-TAIL:] = torch.randn(TAIL, classes).bfloat16()
     target[-TAIL:] = torch.randint(0, classes, (TAIL,))
 
-    loss, saved, denominators = _triton.forward(logits, target, *[None] * 5, 1.0, 1.0, 1.5, 30.0, -100, 0)
+    options = Options(1.0, 1.0, 1.5, 30.0, -100, NONE)
+    loss, saved, denominators = triton_launch.forward(logits, target, Tables(), options)
     outer = torch.tensor(0.5).expand(rows)
     exact_loss, exact_grad = expected(
         logits[-5:].clone(), target[-5:].clone(), reduction="none", grad_output=torch.full((5,), 0.5)
     )
     assert_exact(loss[-5:], exact_loss, "loss")
-    grad = _triton.backward(outer, logits, target, saved, denominators, 1.0, 1.0, 1.5, 30.0, -100, 0)
+    grad = triton_launch.backward(outer, logits, target, saved, denominators, options)
     assert_exact(grad[-5:], exact_grad, "gradient")

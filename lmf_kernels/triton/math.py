@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""The mathematics of one row in Triton: eq. 1 to 7 of reference.py, with its names. `_triton_kernels` builds on it."""
+"""The mathematics of one row in Triton: eq. 1 to 7 of reference.py, with its names. kernels.py builds on it."""
 
 import os
 from typing import NamedTuple
@@ -76,7 +76,7 @@ def _round(x, dtype: tl.constexpr):
 
 # ---- sums over the competitors, eq. 1 -------------------------------------------------------------------------------
 @triton.jit
-def _origin(m):
+def _or_zero(m):
     """What exponents are relative to: m, but 0 where nothing is finite, so that exp(-inf - 0) = 0 and not NaN."""
     return tl.where(m == NEG_INF, 0.0, m)
 
@@ -103,13 +103,13 @@ def _accumulate(z, m, t1, t2, s, TERMS: tl.constexpr, FIRST: tl.constexpr):
     top = tl.max(tl.max(z, 2), 0)
     if not FIRST:
         top = tl.maximum(m, top)
-    origin = _origin(top)
-    d = z - origin[None, :, None]
+    base = _or_zero(top)
+    d = z - base[None, :, None]
     if not FIRST:
         if TERMS.t1:
-            t1 *= _exp(m - origin, 1.0)
+            t1 *= _exp(m - base, 1.0)
         if TERMS.t2:
-            t2 *= _exp(m - origin, s)
+            t2 *= _exp(m - base, s)
     if TERMS.t1:
         t1 += _lane_sum(_exp(d, 1.0))
     if TERMS.t2:
@@ -121,7 +121,7 @@ def _accumulate(z, m, t1, t2, s, TERMS: tl.constexpr, FIRST: tl.constexpr):
 def _combine(m, t1, t2, z_y, s, TERMS: tl.constexpr):
     """The parts of a row together: (n, parts) -> (n,)."""
     top = tl.max(m, 1)
-    d = m - _origin(top)[:, None]
+    d = m - _or_zero(top)[:, None]
     if TERMS.t1:
         t1 *= _exp(d, 1.0)
     if TERMS.t2:
@@ -149,11 +149,11 @@ def _with_edges(value, weight, kept, valid, poison):
 
 
 @triton.jit
-def _finish_rows(m, t1, t2, z_y, y, kept, valid, tables, hyper, TERMS: tl.constexpr):
+def _finish_rows(m, t1, t2, z_y, y, kept, valid, tables, options, TERMS: tl.constexpr):
     """Weighted ldam and focal, the row's share of the LDAM denominator, and c1, c2, g1, g2, all (n,)."""
     acc: tl.constexpr = m.dtype
     margins, ldam_weight, focal_weight = tables
-    alpha, beta, gamma, s = hyper
+    alpha, beta, gamma, s = options
     zero = tl.zeros(m.shape, acc)
     ldam, focal, c1, c2, g1, g2 = zero, zero, zero, zero, zero, zero
     w_ldam = tl.where(valid, _look_up(ldam_weight, y, valid, 1.0, acc), 0.0)
@@ -164,10 +164,10 @@ def _finish_rows(m, t1, t2, z_y, y, kept, valid, tables, hyper, TERMS: tl.conste
         w_focal = _look_up(focal_weight, y, valid, 1.0, acc)
         a = tl.maximum(gap + tl.log(t1), -1e30)  # no finite competitor: loss and slope become 0, without 0 * inf
         softplus_a, softplus_minus_a, sigmoid_a, sigmoid_minus_a = _softplus_and_sigmoid(a)
-        power = _exp(softplus_minus_a, -gamma)
+        modulation = _exp(softplus_minus_a, -gamma)
         slope = tl.where(a == POS_INF, 1.0, sigmoid_a + gamma * sigmoid_minus_a * softplus_a)
-        focal = _with_edges(power * softplus_a, w_focal, kept, valid, poison)
-        g1 = _with_edges(beta * (power * slope), w_focal, kept, valid, poison)
+        focal = _with_edges(modulation * softplus_a, w_focal, kept, valid, poison)
+        g1 = _with_edges(beta * (modulation * slope), w_focal, kept, valid, poison)
         c1 = tl.where(g1 == 0, 0.0, g1 / t1)
     if TERMS.ldam:
         if not TERMS.t2:

@@ -54,123 +54,50 @@ eq. 3 from the sigmoid itself.
 6. z_y = -inf with competitors: loss +inf, gradient finite (d focal / da = d ldam / db = 1).
 """
 
-import contextlib
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.amp.autocast_mode import is_autocast_available
 
-NONE, MEAN, SUM = 0, 1, 2
-
-# Looked up once, at import: torch.compile cannot trace the looking before torch 2.13.
-AUTOCAST_DEVICES = frozenset(
-    name for name in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu", "privateuseone") if is_autocast_available(name)
-)
-
-
-def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Inside, operations on tensors of this device type keep their dtypes."""
-    if device_type in AUTOCAST_DEVICES:
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
-
-
-def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)), accurate relative to its value, as are its first and second derivatives."""
-    positive = x > 0
-    # torch.where, not abs and clamp: their derivatives at x = 0 (all logits equal) would not add up to 1/2.
-    return torch.where(positive, x, 0.0) + torch.log1p(torch.exp(torch.where(positive, -x, x)))
-
-
-def focal_of_log_odds(a: Tensor, gamma: float) -> Tensor:
-    """Eq. 3 and 4; beyond a = 1e4, where exp(-a) = 0, `a` itself: no 0 * inf in its derivatives (edge 6)."""
-    saturated = a > 1e4
-    moderate = torch.where(saturated, 0.0, a)
-    focal = torch.exp(-gamma * softplus(-moderate)) * softplus(moderate)
-    return torch.where(saturated, a, focal)
-
-
-def _per_row(table: Tensor | None, y: Tensor, default: float, acc: torch.dtype) -> Tensor:
-    return torch.full_like(y, default, dtype=acc) if table is None else table.to(acc)[y]
+from .._call import NONE, Options, Tables
+from .rows import accumulation_dtype, denominators, look_up, no_autocast, read_labels, reduce, terms
 
 
 def reference_loss(
     logits: Tensor,  # (N, C, ...)
     target: Tensor,  # (N, ...), int64
-    margins: Tensor | None,  # (C,)
-    ldam_weight: Tensor | None,  # (C,)
-    focal_weight: Tensor | None,  # (C,)
-    ldam_normalizer: Tensor | None,  # ()
-    focal_normalizer: Tensor | None,  # ()
-    alpha: float,
-    beta: float,
-    gamma: float,
-    s: float,
-    ignore_index: int,
-    reduction: int,
+    tables: Tables,
+    options: Options,
 ) -> Tensor:
-    """The LMF loss in eager PyTorch; takes the arguments of the forward ops and is differentiable to any order.
+    """The LMF loss in eager PyTorch, differentiable to any order.
 
     Bad labels poison their row with NaN (edge 2); nothing here synchronises with the device.
     """
+    alpha, beta, _, s, ignore_index, reduction = options
     with no_autocast(logits.device.type):
-        acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        acc = accumulation_dtype(logits.dtype)
         num_classes = logits.shape[1]
-        kept = target != ignore_index
-        bad = kept & ((target < 0) | (target >= num_classes))
-        valid = kept & ~bad
-        y = torch.where(valid, target, 0)
-        w_ldam = _per_row(ldam_weight, y, 1.0, acc)
-        w_focal = _per_row(focal_weight, y, 1.0, acc)
-        margin = _per_row(margins, y, 0.0, acc)
+        labels = read_labels(target, num_classes, ignore_index)
+        rows = look_up(tables, labels.y, acc)
 
         # Rows with a zero gradient are cut off at the input, so that no 0 * NaN can arise (edges 1 and 3).
-        weighted = (w_ldam != 0) & (alpha != 0) | (w_focal != 0) & (beta != 0)
-        live = bad | (valid & weighted)
+        live = labels.valid & (rows.is_live(alpha, beta)) | labels.bad
         z = torch.where(live.unsqueeze(1), logits.to(acc), 0.0)
 
         classes = torch.arange(num_classes, device=z.device).view(-1, *[1] * (z.dim() - 2))
-        is_target = classes == y.unsqueeze(1)
-        z_y = z.gather(1, y.unsqueeze(1)).squeeze(1)
+        is_target = classes == labels.y.unsqueeze(1)
+        z_y = z.gather(1, labels.y.unsqueeze(1)).squeeze(1)
         competitors = z.masked_fill(is_target, -math.inf)
         m = competitors.detach().amax(1)
-        poison = bad | z_y.isnan() | (z_y == math.inf) | m.isnan() | (m == math.inf)
+        poison = labels.bad | z_y.isnan() | (z_y == math.inf) | m.isnan() | (m == math.inf)
         poison = poison | ((z_y == -math.inf) & (m == -math.inf))
         # Added, not filled in, so that the gradient is NaN as well (edges 2 and 4).
         nan = torch.where(poison, math.nan, 0.0).to(acc)
-        z_y = z_y + nan
         m = torch.where(m == -math.inf, 0.0, m)
         d = competitors + (nan - m).unsqueeze(1)
-
-        def log_sum_and_alone(exponent: Tensor) -> tuple[Tensor, Tensor]:
-            t = exponent.exp().sum(1)
-            alone = t == 0  # no finite competitor (edge 5)
-            return torch.where(alone, 1.0, t).log(), alone
-
-        terms = []
-        if beta != 0:
-            log_t1, alone = log_sum_and_alone(d)
-            a = (m - z_y) + log_t1
-            silent = alone | ~kept | ((w_focal == 0) & ~bad)
-            focal = torch.where(silent, 0.0, focal_of_log_odds(a, gamma))
-            terms.append(beta * _reduce(w_focal * focal, kept.to(acc), focal_normalizer, reduction))
-        if alpha != 0:
-            log_t2, alone = log_sum_and_alone(s * d)
-            b = s * ((m - z_y) + margin) + log_t2
-            silent = alone | ~kept | ((w_ldam == 0) & ~bad)
-            ldam = torch.where(silent, 0.0, softplus(b))
-            terms.append(alpha * _reduce(w_ldam * ldam, w_ldam * valid, ldam_normalizer, reduction))
-        if not terms:
+        t1 = d.exp().sum(1) if beta != 0 else None
+        t2 = (s * d).exp().sum(1) if alpha != 0 else None
+        if t1 is None and t2 is None:
             return z.sum(1) * 0.0 if reduction == NONE else z.sum() * 0.0
-        return terms[0] + terms[1] if len(terms) == 2 else terms[0]
-
-
-def _reduce(terms: Tensor, share: Tensor, normalizer: Tensor | None, reduction: int) -> Tensor:
-    """Reduces one term; `share` is each row's part of the denominator of 'mean'."""
-    if reduction == NONE:
-        return terms
-    if reduction == SUM:
-        return terms.sum()
-    return terms.sum() / (share.sum() if normalizer is None else normalizer.to(terms.dtype))
+        ldam, focal = terms(m - (z_y + nan), t1, t2, rows, labels, options)
+        return reduce(ldam, focal, denominators(labels, rows.w_ldam, tables, acc), options)

@@ -7,21 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._hints import target_hint, warn_of_one_class
-from ._ops import select_backend
-from .class_parallel import ClassGroup, shares_of
-from .functional import (
+from .._backends import select_backend
+from .._hints import target_hint, warn_of_one_class
+from .._validate import (
     Normalizer,
     Reduction,
     check_floating,
-    check_normalizer,
     check_options,
     check_tables,
     check_target,
+    with_normalizer,
 )
-from .linear_autograd import LinearLoss, linear_loss_of_share
-from .linear_chunks import EPS
-from .reference import AUTOCAST_DEVICES, no_autocast
+from ..math.rows import AUTOCAST_DEVICES, no_autocast
+from ..sharded.shares import ClassGroup, shares_of
+from .autograd import HeadOptions, linear_loss
+from .chunks import EPS
 
 
 def linear_lmf_loss(
@@ -86,12 +86,13 @@ def linear_lmf_loss(
         >>> loss = linear_lmf_loss(features, linear_weight, torch.randint(0, 1000, (8,)), normalize=True)
         >>> loss.backward()
     """
-    code = check_options(alpha, beta, gamma, s, ignore_index, reduction, backend)
+    options = check_options(alpha, beta, gamma, s, ignore_index, reduction, backend)
     target = _check_linear(input, linear_weight, linear_bias, target, class_group is not None)
     device, num_classes = input.device, linear_weight.shape[0]
     shares = None if class_group is None else shares_of(class_group, num_classes, device)
-    ldam_weight, focal_weight = check_tables(margins, weight, ldam_weight, focal_weight, num_classes, device, shares)
-    alpha, beta, code, ldam_normalizer, focal_normalizer = check_normalizer(normalizer, alpha, beta, code, device)
+    whole = None if shares is None else shares.total
+    tables = check_tables(margins, weight, ldam_weight, focal_weight, num_classes, device, whole)
+    tables, options = with_normalizer(normalizer, tables, options, device)
     if memory_budget is not None and (type(memory_budget) is not int or memory_budget <= 0):
         raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget!r}")
     chosen = select_backend(backend, device)
@@ -113,16 +114,8 @@ def linear_lmf_loss(
         features = F.normalize(input, dim=-1, eps=EPS) if normalize else input
         if input.dim() == 1:
             features, target = features.unsqueeze(0), target.unsqueeze(0)
-        needs = tuple(
-            t is not None and t.requires_grad and torch.is_grad_enabled()
-            for t in (features, linear_weight, linear_bias)
-        )
-        apply = LinearLoss.apply if shares is None else linear_loss_of_share
-        loss = apply(
-            needs, shares, features, linear_weight, linear_bias, target, margins, ldam_weight, focal_weight,
-            ldam_normalizer, focal_normalizer, float(alpha), float(beta), float(gamma), float(s), ignore_index, code,
-            normalize, chosen, memory_budget or 0,
-        )  # fmt: skip
+        head = HeadOptions(normalize, chosen.name, memory_budget or 0)
+        loss = linear_loss(shares, features, linear_weight, linear_bias, target, tables, options, head)
     return loss.reshape(()) if input.dim() == 1 else loss
 
 

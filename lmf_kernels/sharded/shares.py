@@ -1,8 +1,4 @@
-"""Classes spread over ranks: the loss of logits of which every rank holds the columns of its own classes.
-
-Each rank reduces its logits to m, t1, t2, z_y a row (row_sums.py); one max and one packed sum over the group make
-them those of whole rows, from which every rank computes the same loss. Backward needs no communication.
-"""
+"""Which rank holds which classes, where these are spread over the ranks of a process group."""
 
 import contextlib
 import sys
@@ -13,9 +9,6 @@ from typing import TYPE_CHECKING, Any, Union
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable imports the compiler, and Triton with it
-
-from ._ops import EAGER, backward_op_, sums_op
-from .row_sums import Hyper, RowTables, finish, no_sums, relative_to
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -176,131 +169,3 @@ def explained(what: str, group: "ProcessGroup") -> Iterator[None]:
             "another rank raised an error or ended before it came here (its own log says why), or the ranks do not "
             f"call the loss alike: all need the same target and the same options. torch.distributed says: {error}"
         ) from error
-
-
-def row_tables(
-    target: Tensor,  # (rows,)
-    tables: Sequence[Tensor | None],  # margins, LDAM weights, focal weights: (C,) or this rank's share
-    first_class: int,
-    local: int,
-    total: int,
-    ignore_index: int,
-    acc: torch.dtype,
-) -> tuple[list[Tensor | None], list[int]]:
-    """The rows' entries of each table, 0 where unknown, and which tables are shares that ranks have to add up."""
-    found: list[Tensor | None] = []
-    partial = []
-    for index, table in enumerate(tables):
-        if table is None:
-            found.append(None)
-            continue
-        whole = len(table) == total
-        y = target if whole else target - first_class
-        here = (y >= 0) & (y < len(table)) & (target != ignore_index)
-        if len(table) == 0:
-            found.append(torch.zeros(target.shape, dtype=acc, device=target.device))
-        else:
-            found.append(torch.where(here, table.to(acc)[torch.where(here, y, 0)], 0.0))
-        if not whole and local != total:
-            partial.append(index)
-    return found, partial
-
-
-def finish_rows(
-    shares: ClassShares | None,
-    sums: Tensor,  # (4, rows) over this rank's classes
-    target: Tensor,
-    tables: Sequence[Tensor | None],
-    normalizers: tuple[Tensor | None, Tensor | None],
-    num_classes: int,  # of this rank
-    hyper: Hyper,
-    ignore_index: int,
-    reduction: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, saved, denominators) of whole rows: at most one max and one sum over the group."""
-    acc = sums.dtype
-    first, local, total = (
-        (0, num_classes, num_classes) if shares is None else (shares.first, shares.local, shares.total)
-    )
-    found, partial = row_tables(target.reshape(-1), tables, first, local, total, ignore_index, acc)
-    if shares is not None and len(shares.sizes) > 1:
-        import torch.distributed as dist
-
-        m = sums[0].clone()
-        with explained("the max-reduction of the rows' largest logits", shares.group):
-            dist.all_reduce(m, dist.ReduceOp.MAX, group=shares.group)
-        shared = [tensor for tensor in (found[index] for index in partial) if tensor is not None]
-        packed = torch.stack((*relative_to(m, sums, hyper), *shared))
-        with explained("the sum-reduction of the rows' sums", shares.group):
-            dist.all_reduce(packed, dist.ReduceOp.SUM, group=shares.group)
-        sums = torch.cat((m[None], packed[:3]))
-        for index, tensor in zip(partial, packed[3:], strict=True):
-            found[index] = tensor
-    return finish(sums, target, total, RowTables(*found), *normalizers, hyper, ignore_index, reduction)
-
-
-class _ShardedLoss(torch.autograd.Function):
-    """The loss of logits whose class axis is spread over ranks, differentiable once in this rank's logits."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        backend: str,
-        shares: ClassShares,
-        logits: Tensor,
-        target: Tensor,
-        margins: Tensor | None,
-        ldam_weight: Tensor | None,
-        focal_weight: Tensor | None,
-        ldam_normalizer: Tensor | None,
-        focal_normalizer: Tensor | None,
-        alpha: float,
-        beta: float,
-        gamma: float,
-        s: float,
-        ignore_index: int,
-        reduction: int,
-    ) -> Tensor:
-        hyper = Hyper(alpha, beta, gamma, s)
-        if shares.local:
-            op = sums_op(backend)
-            sums = op(logits, target, shares.first, *hyper, ignore_index, reduction)
-        else:
-            sums = no_sums(target.numel(), logits)
-        loss, saved, denominators = finish_rows(
-            shares, sums, target, (margins, ldam_weight, focal_weight), (ldam_normalizer, focal_normalizer),
-            shares.local, hyper, ignore_index, reduction,
-        )  # fmt: skip
-        ctx.save_for_backward(logits, target, saved, denominators)
-        ctx.options = backend, shares, (*hyper, ignore_index, reduction)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative("lmf_loss with class_group")
-        backend, shares, options = ctx.options
-        logits, target, saved, denominators = ctx.saved_tensors
-        if not shares.local:
-            return (None, None, torch.empty_like(logits), *(None,) * 12)
-        arguments = target - shares.first, saved, denominators, *options
-        if backend in EAGER:
-            grad = EAGER[backend][1](grad_output, logits, *arguments)
-        else:
-            grad = logits.detach().clone()
-            backward_op_(backend)(grad_output, grad, *arguments)
-        return (None, None, grad, *(None,) * 12)
-
-
-def refuse_second_derivative(name: str) -> None:
-    """For backward functions: raises where the caller asked for a graph of the gradient."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"{name} has no second derivative (backward was called with create_graph=True); lmf_loss of whole logits "
-            "has one"
-        )
-
-
-@_disable_dynamo
-def sharded_loss(backend: str, shares: ClassShares, *arguments: Any) -> Tensor:
-    """The differentiable loss of this rank's share of the logits; then the arguments of the forward ops."""
-    return _ShardedLoss.apply(backend, shares, *arguments)

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._hints import device_misfit
-from .class_parallel import ClassGroup, ClassShares
-from .counts import ClassCounts
-from .functional import Normalizer, Reduction
-from .linear import linear_lmf_loss
-from .modules import LMFLoss
+from .._hints import device_misfit
+from .._validate import Normalizer, Reduction
+from ..counts import ClassCounts
+from ..modules import LMFLoss
+from ..sharded.shares import ClassGroup, ClassShares
+from .functional import linear_lmf_loss
 
 
 class LinearLMFLoss(LMFLoss):

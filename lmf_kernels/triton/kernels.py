@@ -1,4 +1,4 @@
-"""The Triton kernels of the LMF loss, one forward and one backward. `_triton` launches them.
+"""The Triton kernels of the LMF loss, one forward and one backward. launch.py launches them.
 
 Names and equations are those of reference.py. One kernel body serves every regime, because in all of them the work is
 the same tile of logits (K, L, V): L lanes, each of which owns K * V classes of one row, so that sums over classes stay
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ._triton_math import NEG_INF, _accumulate, _add4, _combine, _exp, _finish_rows, _lane_sum, _round
+from .math import NEG_INF, _accumulate, _add4, _combine, _exp, _finish_rows, _lane_sum, _or_zero, _round
 
 NONE, MEAN, SUM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -196,7 +196,7 @@ def _unit_sums(logits, target, unit, sub, s, sizes, z_strides, y_strides, TILE: 
 
 @triton.jit
 def _store_rows(
-    m, t1, t2, z_y, y, place, logits, loss, saved, tables, hyper, ignore_index, sizes, z_strides,
+    m, t1, t2, z_y, y, place, logits, loss, saved, tables, options, ignore_index, sizes, z_strides,
     TILE: tl.constexpr, TERMS: tl.constexpr, REDUCTION: tl.constexpr,
 ):  # fmt: skip
     """Stores what rows save for backward; returns their parts of the sums over all rows."""
@@ -209,16 +209,16 @@ def _store_rows(
         stride_0, stride_1, stride_2, stride_c = z_strides
         at = logits + _offset(place, sizes, stride_0, stride_1, stride_2, TILE) + y * stride_c
         z_y = tl.load(at, mask=valid, other=0.0).to(acc)
-    ldam, focal, w_ldam, c1, c2, g1, g2 = _finish_rows(m, t1, t2, z_y, y, kept, valid, tables, hyper, TERMS)
+    ldam, focal, w_ldam, c1, c2, g1, g2 = _finish_rows(m, t1, t2, z_y, y, kept, valid, tables, options, TERMS)
     at = saved + row
     stride = rows.to(tl.int64)
-    tl.store(at, m, mask=exists)
+    tl.store(at, _or_zero(m), mask=exists)
     tl.store(at + stride, c1, mask=exists)
     tl.store(at + 2 * stride, c2, mask=exists)
     tl.store(at + 3 * stride, g1, mask=exists)
     tl.store(at + 4 * stride, g2, mask=exists)
     if REDUCTION == NONE:
-        alpha, beta, _, _ = hyper
+        alpha, beta, _, _ = options
         tl.store(loss + row, alpha * ldam + beta * focal, mask=exists)
     kept = kept.to(acc)
     if TILE.LPR == 1 and TILE.align > TILE.V:  # neighbouring rows of a thread together
@@ -253,10 +253,10 @@ def _add_partials(partials, programs, acc: tl.constexpr):
 
 @triton.jit
 def _store_loss(
-    ldam, focal, weight, kept, loss, denominators, normalizers, hyper, TERMS: tl.constexpr, REDUCTION: tl.constexpr
+    ldam, focal, weight, kept, loss, denominators, normalizers, options, TERMS: tl.constexpr, REDUCTION: tl.constexpr
 ):
     """The loss from parts (n,) of the sums over all rows."""
-    alpha, beta, _, _ = hyper
+    alpha, beta, _, _ = options
     ldam, focal, weight, kept = tl.reduce((ldam, focal, weight, kept), 0, _add4)
     if REDUCTION == MEAN:
         ldam_normalizer, focal_normalizer = normalizers
@@ -278,7 +278,7 @@ def _store_loss(
 
 @triton.jit
 def _finish_split(
-    partials, programs, logits, target, loss, saved, denominators, normalizers, tables, hyper, ignore_index,
+    partials, programs, logits, target, loss, saved, denominators, normalizers, tables, options, ignore_index,
     sizes, z_strides, y_strides, TILE: tl.constexpr, TERMS: tl.constexpr, REDUCTION: tl.constexpr,
 ):  # fmt: skip
     """All rows from the sums of their chunks, and the loss."""
@@ -287,7 +287,7 @@ def _finish_split(
     # A thread for each of the B * PARTS sums, 16 rows at least. Not max(): Triton 3.4 makes it a run-time value.
     B: tl.constexpr = TILE.LPR // PARTS if TILE.LPR // PARTS > 16 else 16
     rows, _, inner = sizes
-    _, _, _, s = hyper
+    _, _, _, s = options
     acc: tl.constexpr = s.dtype
     zero = tl.zeros([B], acc)
     ldam, focal, weight, kept = zero, zero, zero, zero
@@ -303,7 +303,7 @@ def _finish_split(
         m, t1, t2, z_y = _combine(m, t1, t2, tl.zeros(m.shape, acc), s, TERMS)
         y = _load_labels(target, place, sizes, y_strides, TILE)
         ldam_part, focal_part, weight_part, kept_part = _store_rows(
-            m, t1, t2, z_y, y, place, logits, loss, saved, tables, hyper, ignore_index, sizes, z_strides,
+            m, t1, t2, z_y, y, place, logits, loss, saved, tables, options, ignore_index, sizes, z_strides,
             TILE, TERMS, REDUCTION,
         )  # fmt: skip
         ldam += ldam_part
@@ -311,7 +311,7 @@ def _finish_split(
         weight += weight_part
         kept += kept_part
     if REDUCTION != NONE:
-        _store_loss(ldam, focal, weight, kept, loss, denominators, normalizers, hyper, TERMS, REDUCTION)
+        _store_loss(ldam, focal, weight, kept, loss, denominators, normalizers, options, TERMS, REDUCTION)
 
 
 @triton.jit(do_not_specialize=["rows", "middle", "inner", "stride_0", "stride_1", "target_0", "sub"])
@@ -328,7 +328,7 @@ def forward_kernel(
     last one to arrive at `counter` does it. It also sets the counter back to zero for the next launch.
     """
     acc: tl.constexpr = saved.dtype.element_ty
-    hyper = tl.full((), alpha, acc), tl.full((), beta, acc), tl.full((), gamma, acc), tl.full((), s, acc)
+    options = tl.full((), alpha, acc), tl.full((), beta, acc), tl.full((), gamma, acc), tl.full((), s, acc)
     s = tl.full((), s, acc)
     tables = margins, ldam_weight, focal_weight
     normalizers = ldam_normalizer, focal_normalizer
@@ -350,7 +350,7 @@ def forward_kernel(
         tl.store(at + 2 * programs, t2)
         if _arrive(counter):
             _finish_split(
-                partials, programs, logits, target, loss, saved, denominators, normalizers, tables, hyper,
+                partials, programs, logits, target, loss, saved, denominators, normalizers, tables, options,
                 ignore_index, sizes, z_strides, y_strides, TILE, TERMS, REDUCTION,
             )  # fmt: skip
             tl.store(counter, 0)
@@ -374,7 +374,7 @@ def forward_kernel(
                 place = row, outer, i_2, exists & (n < sub)
                 y = _load_labels(target, place, sizes, y_strides, TILE)
             ldam_part, focal_part, weight_part, kept_part = _store_rows(
-                m, t1, t2, z_y, y, place, logits, loss, saved, tables, hyper, ignore_index, sizes, z_strides,
+                m, t1, t2, z_y, y, place, logits, loss, saved, tables, options, ignore_index, sizes, z_strides,
                 TILE, TERMS, REDUCTION,
             )  # fmt: skip
             ldam += ldam_part
@@ -393,7 +393,7 @@ def forward_kernel(
             if _arrive(counter):
                 ldam_parts, focal_parts, weight_parts, kept_parts = _add_partials(partials, programs, acc)
                 _store_loss(
-                    ldam_parts, focal_parts, weight_parts, kept_parts, loss, denominators, normalizers, hyper, TERMS,
+                    ldam_parts, focal_parts, weight_parts, kept_parts, loss, denominators, normalizers, options, TERMS,
                     REDUCTION,
                 )  # fmt: skip
                 tl.store(counter, 0)

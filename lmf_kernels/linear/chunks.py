@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._ops import extra_copies
-from .row_sums import accumulation_dtype
+from .._backends import Backend
+from ..math.rows import accumulation_dtype
 
 MEMORY_BUDGET = 64 << 20  # bytes for a chunk of logits and what is computed from it
 FEWEST_ROWS = 64  # of a chunk of whole rows: with fewer, matrix products wait for the weight from memory
@@ -16,6 +16,7 @@ MOST_ROWS = 4096  # of a chunk of a part of the classes
 # dtypes in one operation cost a hidden copy in the wider one.
 CPU_SLICE, GPU_SLICE = 2 << 20, 16 << 20
 EPS = 1e-12  # as F.normalize's
+HALVES = (torch.float16, torch.bfloat16)
 
 
 class Plan(NamedTuple):
@@ -25,10 +26,11 @@ class Plan(NamedTuple):
     classes: int
 
 
-def plan_chunks(rows: int, num_classes: int, dtype: torch.dtype, backend: str, budget: int) -> Plan:
+def plan_chunks(rows: int, num_classes: int, dtype: torch.dtype, backend: Backend, budget: int) -> Plan:
     """The default budget grows with the logits, so that their chunks never become many."""
     budget = budget or max(MEMORY_BUDGET, rows * num_classes * dtype.itemsize // 32)
-    elements = max(1, budget // (dtype.itemsize * (1 + extra_copies(backend, dtype))))
+    copies = backend.extra_copies * (2 if dtype in HALVES else 1)
+    elements = max(1, budget // (dtype.itemsize * (1 + copies)))
     whole = elements // max(num_classes, 1)
     if whole >= min(rows, FEWEST_ROWS):
         return Plan(_even(rows, whole), num_classes)
@@ -60,7 +62,7 @@ class Head:
     ) -> None:
         self.features, self.weight, self.bias, self.plan = features, weight, bias, plan
         self.needs = needs
-        self.half = features.dtype in (torch.float16, torch.bfloat16)
+        self.half = features.dtype in HALVES
         self.acc = accumulation_dtype(features.dtype)
         self.whole_rows = plan.classes >= weight.shape[0]
         self.buffer = features.new_empty(min(plan.rows, len(features)) * min(plan.classes, len(weight)))

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_dense, check_memory
+from ._validate import check_dense, check_memory
 
 _WEIGHTS = ("ldam_weight", "focal_weight")
 
 
-class Tables(nn.Module):
+class ClassBuffers(nn.Module):
     """A module with the buffers `margins`, `ldam_weight` and `focal_weight`, of which some may be None.
 
     Its state_dict holds what nn.CrossEntropyLoss's would: class weights where there are any, given or set later.

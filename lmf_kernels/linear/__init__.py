@@ -1,0 +1,1 @@
+"""A linear classifier and its loss together, without the logits in memory."""
