@@ -15,12 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
 from training import cli
 from training.losses import LABELS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 FILES = {
     *("results.json", "tables.md", "table_1.csv", "table_2.csv"),
     *("curves.png", "per_class_f1.png", "rare_f1.png", "confusion.png"),

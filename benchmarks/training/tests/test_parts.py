@@ -1,7 +1,6 @@
 """The training benchmark's parts: splits, batches, losses, the loop, metrics, tables and files."""
 
 import json
-import sys
 from itertools import chain
 from pathlib import Path
 
@@ -9,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from training.batches import MemoryBatches, Order
 from training.loop import History, Outcome, Trainer

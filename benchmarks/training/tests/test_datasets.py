@@ -1,6 +1,5 @@
 """The readers, on small data made in the formats in which the datasets are published."""
 
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from published_formats import (
+
+from training.errors import UserError
+from training.readers import ham10000, isic2019, medmnist, odir5k, read
+from training.samples import Samples
+from training.split import describe_split, split_samples
+
+from .published_formats import (
     HAM_COLUMNS,
     ODIR_COLUMNS,
     make_ham10000,
@@ -17,13 +22,6 @@ from published_formats import (
     write_csv,
     write_images,
 )
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-from training.errors import UserError
-from training.readers import ham10000, isic2019, medmnist, odir5k, read
-from training.samples import Samples
-from training.split import describe_split, split_samples
 
 
 def labelled(samples: Samples) -> dict[str, str]:

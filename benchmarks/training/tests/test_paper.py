@@ -1,15 +1,10 @@
 """The paper's tables: its numbers beside ours, and one command over its three datasets."""
 
 import csv
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 from PIL import Image
-from published_formats import make_ham10000, make_isic2019, make_odir5k
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from training import cli, paper
 from training.errors import UserError
@@ -17,6 +12,8 @@ from training.paper_numbers import FILE, PaperNumbers, paper_numbers
 from training.readers import ham10000, isic2019, odir5k
 from training.tables import Table, cell
 from training.toml import read_toml
+
+from .published_formats import make_ham10000, make_isic2019, make_odir5k
 
 MADE = """
 [ham10000.resnet50.ce]

@@ -1,14 +1,10 @@
 """The study: its grid, how it chooses, what it writes."""
 
-import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from training import study
 from training.cli import parse
