@@ -9,14 +9,14 @@ from tqdm import tqdm
 
 from . import checkpoint, gradcam
 from .batches import Batch, Batches, FileBatches, MemoryBatches, Order
-from .config import Config
 from .errors import UserError
 from .images import ImageFiles, unreadable
 from .loop import Outcome, Trainer
 from .losses import LABELS, build_loss
 from .models import PAPER_IMAGE_SIZE, build_model, channels_of, smallest_image
+from .options import Config
 from .paper_numbers import paper_numbers
-from .ranks import Ranks, join
+from .ranks import Ranks, join, usable_device
 from .readers import read
 from .record import Record
 from .samples import Samples
@@ -173,16 +173,6 @@ def _image_shape(samples: Samples, model: str, size: int | None) -> tuple[int, i
             "see --image-size"
         )
     return shape
-
-
-def usable_device(name: str) -> torch.device:
-    """The device of --device; a UserError if this machine has none such."""
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def _readable(samples: Samples, strict: bool) -> Samples:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .arguments import option, switch
 from .batches import Batches
 from .metrics import Metrics, measure
 from .models import Protocol
@@ -22,11 +23,11 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Speed:
-    """What makes training faster on a GPU."""
+    """What makes training faster on a GPU. Under torchrun the processes share every batch (gloo or NCCL)."""
 
-    amp: str | None = None  # a key of AMP
-    channels_last: bool = False
-    compile: bool = False
+    amp: str | None = option(None, "mixed precision; None: float32", type=str, nargs=None, metavar=None, choices=AMP)
+    channels_last: bool = switch(False, "store images as NHWC")
+    compile: bool = switch(False, "torch.compile the model")
 
 
 @dataclass

@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
+from .arguments import not_negative, option, positive, positive_float
 from .errors import UserError
 from .networks import MLP, CosineClassifier, SmallCNN
 from .packages import needed
@@ -18,15 +19,15 @@ from .packages import needed
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a model is trained unless options say otherwise."""
+    """How a model is trained. Defaults: the paper's (100 epochs, Adam 1e-4), shorter for small models."""
 
-    epochs: int
-    batch_size: int
-    lr: float
-    weight_decay: float
-    lr_step: int
-    lr_gamma: float
-    image_size: int | None  # None: as the data come
+    epochs: int = option(None, "passes over the training part", type=positive)
+    batch_size: int = option(None, "images of a step", type=positive)
+    lr: float = option(None, "Adam's learning rate", type=positive_float)
+    weight_decay: float = option(None, "Adam's weight decay", type=not_negative)
+    lr_step: int = option(None, "epochs until the learning rate falls", type=positive)
+    lr_gamma: float = option(None, "the factor by which it falls", type=positive_float)
+    image_size: int | None = option(None, "side to which images are resized; None: as the data come", type=positive)
 
 
 # The paper's official code; and for networks trained from scratch a higher learning rate and fewer epochs,

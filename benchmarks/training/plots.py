@@ -11,15 +11,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from .losses import LABELS
+from .losses import LABELS, LOSSES
 from .output import write_atomically
 from .paper_report import Run
 from .record import Record
 from .report import by_loss
 from .tables import Cell, cell
 
-# Okabe and Ito's colours, which colour-blind people can tell apart.
-COLORS = dict(zip(LABELS, ("#000000", "#999999", "#56B4E9", "#009E73", "#D55E00", "#E69F00"), strict=True))
 RARE = 3  # classes in the paper's Figure 1
 
 
@@ -31,8 +29,8 @@ def plot_curves(records: Sequence[Record], path: Path) -> None:
             values = np.array([getattr(record.outcome.history, field) for record in group])  # (seeds, epochs)
             epochs = np.arange(1, values.shape[1] + 1)
             style = "--" if loss == "lmf-eager" else "-"
-            axes.plot(epochs, values.mean(0), style, color=COLORS[loss], label=LABELS[loss], linewidth=1.6)
-            axes.fill_between(epochs, values.min(0), values.max(0), color=COLORS[loss], alpha=0.12, linewidth=0)
+            axes.plot(epochs, values.mean(0), style, color=LOSSES[loss].color, label=LABELS[loss], linewidth=1.6)
+            axes.fill_between(epochs, values.min(0), values.max(0), color=LOSSES[loss].color, alpha=0.12, linewidth=0)
     loss_axes.set(xlabel="epoch", ylabel="training loss (log scale)", yscale="log", title="Training loss")
     f1_axes.set(xlabel="epoch", ylabel="macro F1", title="Validation macro F1")
     for axes in (loss_axes, f1_axes):
@@ -121,7 +119,7 @@ def _draw_f1(
             [value.mean for value in cells],
             width,
             yerr=_error_bars(cells),
-            color=COLORS[loss],
+            color=LOSSES[loss].color,
             label=LABELS[loss],
             error_kw={"elinewidth": 0.8, "ecolor": "#555555"},
         )

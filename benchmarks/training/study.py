@@ -1,9 +1,7 @@
 """An honest comparison on data that need no download: hyper-parameters are chosen on validation, for each seed anew."""
 
-import argparse
 import json
 import multiprocessing
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,10 +9,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .cli import CORES, Parser, parse
-from .errors import UserError
+from .arguments import CORES, Parser, exit_code, option, positive, several
 from .experiment import Experiment
 from .grid import LEARNING_RATES, SCALES, Point, cosine_points, grid
+from .options import parse
 from .output import write_json
 from .readers import read
 from .study_report import read_records, write_report
@@ -23,6 +21,17 @@ from .terms import follow, plot_terms
 # Batches of 64 cost half of the benchmark's default.
 PROTOCOL = ("--epochs", "30", "--batch-size", "64", "--lr-step", "20", "--threads", "1")
 DATASETS = ("digits", "digits:20", "keel:cleveland", "keel:dermatology", "keel:newthyroid")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How much of the study is run, and where it goes."""
+
+    data: tuple[str, ...] = several(DATASETS, "datasets of train.py")
+    seeds: int = option(5, "how many: 0, 1, ...", type=positive)
+    jobs: int = option(CORES, "processes, one thread each", type=positive)
+    out: Path = option(Path("results/study"), "folder of study.json")
+    report: Path = option(None, "folder of study.md and the pictures; None: --out")
 
 
 @dataclass(frozen=True)
@@ -36,20 +45,16 @@ class Job:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing of the study and write study.json; returns the exit code."""
-    parser = Parser(prog="study.py", description=__doc__)
-    parser.add_argument("--data", nargs="+", default=list(DATASETS), help=f"default: {' '.join(DATASETS)}")
-    parser.add_argument("--seeds", type=int, default=5, help="default: 5")
-    parser.add_argument("--jobs", type=int, default=CORES, help="processes, one thread each (default: one a core)")
-    parser.add_argument("--out", type=Path, default=Path("results/study"), help="default: results/study")
-    parser.add_argument("--report", type=Path, help="folder of study.md and the pictures (default: --out)")
-    try:
-        return _run(parser.parse_args(argv))
-    except UserError as error:
-        print(f"study.py: error: {error}", file=sys.stderr)
-        return 2
+
+    def run() -> int:
+        parser = Parser(prog="study.py", description=__doc__)
+        parser.add_arguments(Options, "options")
+        return _run(parser.parse_args(argv).options)
+
+    return exit_code("study.py", run)
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: Options) -> int:
     for data in options.data:
         read(data).check()
     path = options.out / "study.json"

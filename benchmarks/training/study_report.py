@@ -12,20 +12,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from .grid import SCALES
-from .losses import LABELS, FocalOptions, LDAMOptions, LMFOptions, WeightedCrossEntropyOptions
+from .losses import LABELS, LOSSES
 from .output import write_atomically
-from .plots import COLORS
 from .tables import Cell, Table, cell
 
 Records = Sequence[dict[str, Any]]
-LOSSES = ("ce", "wce", "focal", "ldam", "lmf")
-DEFAULTS: dict[str, Any] = {
-    "ce": None,
-    "wce": WeightedCrossEntropyOptions(),
-    "focal": FocalOptions(),
-    "ldam": LDAMOptions(),
-    "lmf": LMFOptions(),
-}
+COMPARED = ("ce", "wce", "focal", "ldam", "lmf")
 NAMES = {
     "digits": "digits, ratio 56",
     "digits:20": "digits, ratio 21",
@@ -60,8 +52,8 @@ def complete(records: Records) -> Records:
 
 def is_default(record: dict[str, Any]) -> bool:
     """Whether the loss has the paper's hyper-parameters; the learning rate is still chosen."""
-    defaults = DEFAULTS[record["loss"]]
-    return defaults is None or all(record["options"][name] == value for name, value in vars(defaults).items())
+    defaults = LOSSES[record["loss"]].options
+    return defaults is None or vars(defaults).items() <= record["options"].items()
 
 
 def tables(records: Records) -> list[Table]:
@@ -81,12 +73,12 @@ def tables(records: Records) -> list[Table]:
     chosen = Table(
         f"Hyper-parameters chosen on validation: {spread}",
         ["Loss", *heads],
-        [(_name(loss), row(of(loss))) for loss in LOSSES],
+        [(_name(loss), row(of(loss))) for loss in COMPARED],
     )
     defaults = Table(
         f"The paper's hyper-parameters, learning rate chosen on validation: {spread}",
         ["Loss", *heads],
-        [(_name(loss), row(lambda r, loss=loss: r["loss"] == loss and is_default(r))) for loss in LOSSES],
+        [(_name(loss), row(lambda r, loss=loss: r["loss"] == loss and is_default(r))) for loss in COMPARED],
     )
     scales = Table(
         f"The scale s, everything else chosen on validation: {spread}",
@@ -119,7 +111,7 @@ def tables(records: Records) -> list[Table]:
                 f"{_name(loss)}, lr {lr:g}",
                 row(lambda r, loss=loss, lr=lr: r["loss"] == loss and is_default(r) and r["options"]["lr"] == lr),
             )
-            for loss in LOSSES
+            for loss in COMPARED
             for lr in rates
         ],
     )
@@ -161,7 +153,7 @@ def plot_scales(records: Records, path: Path) -> None:
         own = [record for record in records if record["data"] == name]
         for loss in ("ce", "focal"):
             flat = over_seeds(own, lambda r, loss=loss: r["loss"] == loss)
-            axes.axhline(flat.mean, color=COLORS[loss], linewidth=1.4, linestyle=":", label=_name(loss))
+            axes.axhline(flat.mean, color=LOSSES[loss].color, linewidth=1.4, linestyle=":", label=_name(loss))
         for loss in ("ldam", "lmf"):
             cells = [
                 over_seeds(own, lambda r, loss=loss, s=s: r["loss"] == loss and r["options"]["s"] == s) for s in SCALES
@@ -170,7 +162,7 @@ def plot_scales(records: Records, path: Path) -> None:
                 np.arange(len(SCALES)) + (0.05 if loss == "lmf" else -0.05),
                 [value.mean for value in cells],
                 [value.deviation or 0 for value in cells],
-                color=COLORS[loss],
+                color=LOSSES[loss].color,
                 marker="o",
                 capsize=2,
                 label=_name(loss),

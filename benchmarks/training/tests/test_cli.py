@@ -17,6 +17,7 @@ from PIL import Image
 
 from training import cli
 from training.losses import LABELS
+from training.options import parse
 
 ROOT = Path(__file__).resolve().parents[3]
 FILES = {
@@ -117,7 +118,7 @@ def test_torchvision_models_train(tmp_path, model):
 
 
 def test_image_folders_follow_the_paper_by_default(tmp_path):
-    config = cli.parse(["--data", "imagefolder:x", "--out", str(tmp_path)])
+    config = parse(["--data", "imagefolder:x", "--out", str(tmp_path)])
     protocol = config.protocol
     assert config.model == "resnet50" and protocol.image_size == 224
     assert (protocol.epochs, protocol.batch_size, protocol.lr, protocol.weight_decay) == (100, 32, 1e-4, 5e-4)

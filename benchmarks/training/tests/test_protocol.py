@@ -22,6 +22,7 @@ from training.experiment import Experiment
 from training.losses import LABELS, LossOptions
 from training.models import build_model
 from training.networks import CosineClassifier, SmallCNN
+from training.options import parse
 from training.ranks import Ranks
 from training.samples import Samples
 from training.split import split_samples
@@ -47,7 +48,7 @@ def test_config_file_gives_defaults_that_the_command_line_overrides(tmp_path):
         'weights = "IMAGENET1K_V2"\n[lmf]\ns = 10\nmax-m = -0.25\n'
     )
     given = ["--epochs", "9", "--no-tensorboard", "--weights", "none", "--out", str(tmp_path)]
-    config = cli.parse(["--config", str(file), *given])
+    config = parse(["--config", str(file), *given])
     assert config.losses == ("lmf", "ce") and config.grouped and config.weights is None
     assert not config.tensorboard and not config.grad_cam
     assert (config.protocol.epochs, config.protocol.batch_size) == (9, 16)
@@ -82,7 +83,7 @@ def test_there_are_twelve_configs():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configs_are_the_official_protocol(path, tmp_path):
-    config = cli.parse(["--config", str(path), "--out", str(tmp_path)])
+    config = parse(["--config", str(path), "--out", str(tmp_path)])
     dataset, _, model = path.stem.partition("-")
     assert config.model == model and dataset in config.data
     protocol = config.protocol
@@ -148,7 +149,7 @@ def test_resume_adds_losses_and_refuses_other_settings(tmp_path, capsys):
 
 def test_checkpoint_of_other_settings(tmp_path, capsys):
     tiny = ["--losses", "ce", "--seeds", "1", "--out", str(tmp_path)]
-    experiment = Experiment(cli.parse([*tiny, "--epochs", "3"]))
+    experiment = Experiment(parse([*tiny, "--epochs", "3"]))
     trainer = experiment.trainer("ce", 0, experiment.split(0))
     checkpoint.save(experiment.config, "ce", 0, trainer)
     assert cli.main([*tiny, "--epochs", "1", "--resume"]) == 2
@@ -196,7 +197,7 @@ def test_speed_options_and_heads_train(tmp_path, options):
 
 
 def test_autocast_gives_the_losses_half_logits(tmp_path):
-    config = cli.parse(["--amp", "bf16", "--losses", "lmf", "--out", str(tmp_path)])
+    config = parse(["--amp", "bf16", "--losses", "lmf", "--out", str(tmp_path)])
     experiment = Experiment(config)
     split = experiment.split(0)
     trainer = experiment.trainer("lmf", 0, split)
@@ -209,7 +210,7 @@ def test_autocast_gives_the_losses_half_logits(tmp_path):
 
 @pytest.mark.slow
 def test_compiled_model_trains_alike(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))  # another run's code may be for other CPUs
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))  # no code for other CPUs
     arguments = ["--losses", "lmf", "--seeds", "1", "--epochs", "2"]
     assert cli.main([*arguments, "--compile", "--out", str(tmp_path / "compiled")]) == 0
     assert cli.main([*arguments, "--out", str(tmp_path / "eager")]) == 0
@@ -264,7 +265,7 @@ def _width(file: Path) -> int:
 
 
 def test_gallery_is_whole_in_every_process(tmp_path):
-    experiment = Experiment(cli.parse(["--out", str(tmp_path)]))
+    experiment = Experiment(parse(["--out", str(tmp_path)]))
     expected, names = experiment.gallery()
     assert names == ["9", "8", "7"]  # the rarest, the rarest first
     experiment.ranks = Ranks(rank=3, size=4)
@@ -335,7 +336,7 @@ def test_shipped_imagenet_weights(no_network):
 def test_transfer_learning_on_embedded_data(tmp_path, no_network):
     """A few steps of fine-tuning on one batch of real digits: it is learnt, and the running statistics follow."""
     arguments = ["--model", "efficientnet_lite0", "--weights", "IMAGENET", "--image-size", "32", "--lr", "1e-3"]
-    experiment = Experiment(cli.parse([*arguments, "--losses", "lmf", "--threads", "1", "--out", str(tmp_path)]))
+    experiment = Experiment(parse([*arguments, "--losses", "lmf", "--threads", "1", "--out", str(tmp_path)]))
     split = experiment.split(0)
     trainer = experiment.trainer("lmf", 0, split)
     images, labels = next(iter(experiment.batches(split.train, 0)))
@@ -394,7 +395,7 @@ def test_grouped_splits_of_every_seed_are_checked_first(tmp_path, monkeypatch):
     arguments = ["--data", "digits", "--grouped", "--out", str(tmp_path)]
     bad = next(seed for seed in range(50) if _cannot_split(samples, seed))
     good = next(seed for seed in range(50) if not _cannot_split(samples, seed))
-    config = cli.parse(arguments)
+    config = parse(arguments)
     Experiment(replace(config, seeds=(good,)))
     with pytest.raises(UserError, match=r"class 'b' has no image in the (val|test|train) part"):
         Experiment(replace(config, seeds=(good, bad)))

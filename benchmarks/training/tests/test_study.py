@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from training import study
-from training.cli import parse
 from training.experiment import Experiment
 from training.grid import Point, cosine_points, grid
+from training.options import parse
 from training.study_report import chosen_score, complete, is_default, over_seeds, read_records, tables
 from training.terms import follow
 
