@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 
+METRICS = {"accuracy": "Accuracy", "precision": "Precision", "recall": "Recall", "macro_f1": "Macro F1"}  # Table 1
+
 
 @dataclass(frozen=True)
 class Metrics:

@@ -1,14 +1,14 @@
 """The paper's Tables 1 and 2 and its Figure 1 over several runs of train.py, from their results.json."""
 
-import csv
-import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
 from .checkpoint import RESULTS, record_of
-from .output import write_atomically
+from .output import write_text
 from .paper_numbers import PaperNumbers, paper_numbers
 from .record import Record
 from .report import table_1, table_2
@@ -68,27 +68,10 @@ def write_report(runs: Sequence[Run], out: Path) -> None:
     print("\n" + "\n\n".join(table.text() for tables in numbers for table in tables) + f"\n\n{splits}\n")
     for i, tables in enumerate(numbers, start=1):
         markdown = "\n\n".join(table.markdown() for table in tables)
-        _write(out / f"table_{i}.md", f"{markdown}\n\n{splits}\n")
-        _write(out / f"table_{i}.csv", _csv(runs, tables))
+        write_text(out / f"table_{i}.md", f"{markdown}\n\n{splits}\n")
+        # One number a line, since the datasets have different classes.
+        lines = {(TITLES[run.dataset], run.model): table.long() for run, table in zip(runs, tables, strict=True)}
+        long = pd.concat(lines, names=["dataset", "model"]).droplevel(-1)
+        write_text(out / f"table_{i}.csv", long.to_csv(lineterminator="\n"))
     plots.plot_figure_1(runs, out / "figure_1.png")
     print(f"wrote {out}: table_1 and table_2 (.md, .csv), figure_1.png; its folders have the rest")
-
-
-def _csv(runs: Sequence[Run], tables: Sequence[Table]) -> str:
-    """One number a line, since the datasets have different classes."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["dataset", "model", "loss", "column", "mean", "deviation", "paper"])
-    writer.writerows(_lines(runs, tables))
-    return out.getvalue()
-
-
-def _lines(runs: Sequence[Run], tables: Sequence[Table]) -> Iterator[list[object]]:
-    for run, table in zip(runs, tables, strict=True):
-        for loss, cells in table.rows:
-            for column, cell in zip(table.head[1:], cells, strict=True):
-                yield [TITLES[run.dataset], run.model, loss, column, cell.mean, cell.deviation, cell.paper]
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))

@@ -10,13 +10,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from sklearn.metrics import ConfusionMatrixDisplay
 
 from .losses import LABELS, LOSSES
 from .output import write_atomically
 from .paper_report import Run
 from .record import Record
-from .report import by_loss
-from .tables import Cell, cell
+from .report import by_loss, table_2
 
 RARE = 3  # classes in the paper's Figure 1
 
@@ -38,7 +38,7 @@ def plot_curves(records: Sequence[Record], path: Path) -> None:
     if len({record.seed for record in records}) > 1:
         figure.suptitle("Lines: mean over seeds; bands: smallest to largest", fontsize=10)
     _legend_below(figure, loss_axes)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_per_class_f1(
@@ -79,7 +79,7 @@ def plot_figure_1(runs: Sequence[Run], path: Path) -> None:
     spread = ": mean and standard deviation over seeds" if seeds > 1 else ""
     figure.suptitle(f"Test F1 of the {RARE} rarest classes{spread}")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _rarest(counts: Sequence[int]) -> np.ndarray:
@@ -99,7 +99,7 @@ def _plot_f1(
     spread = ": mean and standard deviation over seeds" if len({record.seed for record in records}) > 1 else ""
     axes.set_title(f"{title}{spread}")
     _legend_below(figure, axes)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_f1(
@@ -109,37 +109,24 @@ def _draw_f1(
     class_names: Sequence[str],
     counts: Sequence[int],
 ) -> None:
-    groups = by_loss(records)
-    places = np.arange(len(classes))
-    width = 0.84 / len(groups)
-    for i, (loss, group) in enumerate(groups.items()):
-        cells = [cell([record.outcome.test.per_class_f1[c] for record in group]) for c in classes]
-        axes.bar(
-            places + (i - (len(groups) - 1) / 2) * width,
-            [value.mean for value in cells],
-            width,
-            yerr=_error_bars(cells),
-            color=LOSSES[loss].color,
-            label=LABELS[loss],
-            error_kw={"elinewidth": 0.8, "ecolor": "#555555"},
-        )
-    labels = [fill(class_names[c], 14, break_long_words=False) for c in classes]
-    axes.set_xticks(places, [f"{label}\n{counts[c]} images" for label, c in zip(labels, classes, strict=True)])
+    table = table_2(records, class_names, counts)
+    mean, deviation = table.mean.iloc[:, classes], table.deviation.iloc[:, classes]
+    # (losses, 2, classes) lengths, none of which leaves [0, 1]
+    bars = np.stack([np.minimum(deviation, mean), np.minimum(deviation, 1 - mean)], axis=1)
+    mean.T.plot.bar(
+        ax=axes,
+        width=0.84,
+        yerr=None if np.isnan(bars).any() else bars,
+        color=[LOSSES[loss].color for loss in by_loss(records)],
+        error_kw={"elinewidth": 0.8, "ecolor": "#555555"},
+        rot=0,
+        legend=False,
+    )
+    names = [f"{fill(class_names[c], 14, break_long_words=False)}\n{counts[c]} images" for c in classes]
+    axes.set_xticks(range(len(classes)), names)
     axes.set(ylabel="test F1", ylim=(0, 1.05), xlabel="class and its training images")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-
-
-def _error_bars(cells: Sequence[Cell]) -> np.ndarray | None:
-    """(2, n) lengths, none of which leaves [0, 1]."""
-    if any(value.deviation is None for value in cells):
-        return None
-    bars = [
-        (min(value.deviation, value.mean), min(value.deviation, 1 - value.mean))
-        for value in cells
-        if value.deviation is not None
-    ]
-    return np.array(bars).T
 
 
 def plot_confusion(records: Sequence[Record], class_names: Sequence[str], path: Path) -> None:
@@ -157,23 +144,20 @@ def plot_confusion(records: Sequence[Record], class_names: Sequence[str], path: 
     for axes, (loss, group) in zip(grid.flat, groups.items(), strict=False):
         counts = np.sum([record.outcome.test.confusion for record in group], axis=0)
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-        picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        ticks = np.arange(len(class_names))
-        slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 3 else {}
-        axes.set_xticks(ticks, names, fontsize=8, **slanted)
-        axes.set_yticks(ticks, names, fontsize=8)
+        display = ConfusionMatrixDisplay(shares, display_labels=names).plot(
+            ax=axes,
+            cmap="Blues",
+            include_values=len(names) <= 12,
+            values_format=".2f",
+            xticks_rotation=45 if max(map(len, names)) > 3 else 0,
+            colorbar=False,
+            im_kw={"vmin": 0, "vmax": 1},
+            text_kw={"fontsize": 7},
+        )
+        axes.tick_params(labelsize=8)
         axes.set(xlabel="predicted class", ylabel="true class", title=LABELS[loss])
-        if len(names) <= 12:
-            _write_shares(axes, shares)
-    figure.colorbar(picture, ax=grid, label="share of the true class", shrink=0.8)
-    _save(figure, path)
-
-
-def _write_shares(axes: plt.Axes, shares: np.ndarray) -> None:
-    for (row, column), share in np.ndenumerate(shares):
-        if share >= 0.005:
-            color = "white" if share > 0.6 else "black"
-            axes.text(column, row, f"{share:.2f}".removeprefix("0"), ha="center", va="center", fontsize=7, color=color)
+    figure.colorbar(display.im_, ax=grid, label="share of the true class", shrink=0.8)
+    save(figure, path)
 
 
 def plot_overlays(
@@ -204,7 +188,7 @@ def plot_overlays(
             )
     for axes in grid.flat:
         axes.set_axis_off()
-    _save(figure, path)
+    save(figure, path)
 
 
 def _legend_below(figure: Figure, axes: plt.Axes) -> None:
@@ -213,6 +197,7 @@ def _legend_below(figure: Figure, axes: plt.Axes) -> None:
     )
 
 
-def _save(figure: Figure, path: Path) -> None:
-    write_atomically(path, lambda file: figure.savefig(file, dpi=120))
+def save(figure: Figure, path: Path, dpi: int = 120) -> None:
+    """Write the picture and forget it."""
+    write_atomically(path, lambda file: figure.savefig(file, dpi=dpi))
     plt.close(figure)

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
 from .checkpoint import RESULTS
 from .experiment import Experiment
-from .output import write_atomically, write_json
+from .output import write_json, write_text
 from .paper_numbers import FILE
 from .record import Record
 from .report import table_1, table_2, time_table
@@ -42,9 +41,9 @@ def finish(experiment: Experiment, records: Sequence[Record]) -> None:
     if paper is not None and not paper.losses:
         print(f"{FILE.name} has no numbers of the paper for these data and this model to show beside these\n")
     write_results(experiment, records)
-    _write(out / "tables.md", f"{first.markdown()}\n\n{second.markdown()}\n")
-    _write(out / "table_1.csv", first.csv())
-    _write(out / "table_2.csv", second.csv())
+    write_text(out / "tables.md", f"{first.markdown()}\n\n{second.markdown()}\n")
+    write_text(out / "table_1.csv", first.csv())
+    write_text(out / "table_2.csv", second.csv())
     plots.plot_curves(records, out / "curves.png")
     plots.plot_per_class_f1(records, names, counts, out / "per_class_f1.png")
     plots.plot_rare_f1(records, names, counts, out / "rare_f1.png")
@@ -52,7 +51,3 @@ def finish(experiment: Experiment, records: Sequence[Record]) -> None:
     if experiment.config.grad_cam and (overlays := experiment.overlays()):
         plots.plot_overlays(*experiment.gallery(), overlays, out / "grad_cam.png")
     print(f"wrote {out}: results.json, the tables (.md, .csv), curves.png, per_class_f1.png and more pictures")
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))

@@ -3,9 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -16,7 +13,7 @@ from .batches import Batches
 from .experiment import Experiment
 from .grid import SCALES
 from .loop import Trainer
-from .output import write_atomically
+from .plots import save
 
 
 @dataclass(frozen=True)
@@ -82,5 +79,4 @@ def plot_terms(curves: dict[float, Terms], path: Path) -> None:
     for axes in (share_axes, gap_axes):
         axes.grid(alpha=0.3)
     figure.legend(*gap_axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    write_atomically(path, lambda file: figure.savefig(file, dpi=110))
-    plt.close(figure)
+    save(figure, path, dpi=110)

@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Sequence
 
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -10,7 +11,7 @@ from training import cli, paper
 from training.errors import UserError
 from training.paper_numbers import FILE, PaperNumbers, paper_numbers
 from training.readers import ham10000, isic2019, odir5k
-from training.tables import Table, cell
+from training.tables import Table
 from training.toml import read_toml
 
 from .published_formats import make_ham10000, make_isic2019, make_odir5k
@@ -67,8 +68,10 @@ def test_the_shipped_file_is_right_for_every_model(dataset, reader):
 
 
 def test_the_papers_number_is_beside_ours():
-    rows = [("CE", [cell([0.5, 0.7], 0.25), cell([0.5, 0.5])]), ("LMF", [cell([0.2, 0.2]), cell([0.75, 0.75], 1.0)])]
-    table = Table("Made", ["Loss", "Accuracy", "F1"], rows)
+    columns, losses = ["Accuracy", "F1"], pd.Index(["CE", "CE", "LMF", "LMF"], name="Loss")
+    values = pd.DataFrame([[0.5, 0.5], [0.7, 0.5], [0.2, 0.75], [0.2, 0.75]], losses, columns)
+    paper = pd.DataFrame([[0.25, None], [None, 1.0]], losses.unique(), columns, dtype=float)
+    table = Table.over_seeds("Made", values, paper)
     title, head, _, first, second = table.text().splitlines()
     assert title == "Made; in brackets the paper's (* best)" and "(" not in head
     assert first.split() == ["CE", "0.600", "±", "0.141*", "(0.250)", "0.500", "±", "0.000"]

@@ -10,7 +10,7 @@ from training import study
 from training.experiment import Experiment
 from training.grid import Point, cosine_points, grid
 from training.options import parse
-from training.study_report import chosen_score, complete, is_default, over_seeds, read_records, tables
+from training.study_report import complete, frame, is_default, over_seeds, read_records, tables, winners
 from training.terms import follow
 
 
@@ -32,15 +32,17 @@ def made_record(seed: int, val: float, test: float, s: float = 30.0) -> dict:
 
 def test_validation_chooses_and_ties_share():
     records = [made_record(0, 0.9, 0.5), made_record(0, 0.8, 0.99), made_record(1, 0.7, 0.4), made_record(1, 0.7, 0.6)]
-    assert chosen_score(records[:2]) == 0.5  # not the best on test
-    assert chosen_score(records[2:]) == 0.5
-    both = over_seeds(records, lambda record: record["seed"] == 0 or record["macro_f1"] > 0.5)
-    assert both.mean == pytest.approx(0.55) and both.deviation == pytest.approx(0.1 / 2**0.5)
+    assert winners(frame(records[:2])).macro_f1.tolist() == [0.5]  # not the best on test
+    assert winners(frame(records[2:])).macro_f1.tolist() == [0.4, 0.6]
+    points = frame(records)
+    both = over_seeds("Made", points, {"all": points.seed >= 0, "some": (points.seed == 0) | (points.macro_f1 > 0.5)})
+    assert both.mean.squeeze().tolist() == pytest.approx([0.5, 0.55])
+    assert both.deviation.squeeze().tolist() == pytest.approx([0, 0.1 / 2**0.5])
 
 
 def test_unfinished_seeds_are_left_out():
     records = [made_record(seed, 0.5, 0.5) for seed in (0, 0, 1, 1, 2)]
-    assert {record["seed"] for record in complete(records)} == {0, 1}
+    assert set(complete(frame(records)).seed) == {0, 1}
 
 
 def test_training_of_a_point_is_the_benchmarks(tmp_path):
@@ -78,7 +80,7 @@ def test_study_writes_its_report_and_resumes(tmp_path, capsys):
         *("study.json", "study.md", "study_scale.png", "study_terms.png")
     }
     records = read_records(tmp_path / "out" / "study.json")
-    assert len(records) == len(grid()) and len(tables(records)) == 6
+    assert len(records) == len(grid()) and len(tables(frame(records))) == 6
     before = (tmp_path / "out" / "study.json").read_text()
     assert study.main(arguments) == 0  # nothing is left to do
     assert (tmp_path / "out" / "study.json").read_text() == before
