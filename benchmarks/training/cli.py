@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 
 from . import checkpoint, gradcam, many_classes
 from .arguments import INTERRUPTED, exit_code
+from .data.split import describe_split
 from .experiment import Experiment
 from .options import parse
-from .results import finish, write_results
-from .split import describe_split
+from .report.results import finish, write_results
 
 # The commands beside the comparison.
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"many-classes": many_classes.main}

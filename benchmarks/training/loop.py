@@ -12,12 +12,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .arguments import option, switch
-from .batches import Batches
+from .data.batches import Batches
 from .metrics import Metrics, measure
 from .models import Protocol
 from .ranks import Ranks
 from .timing import LossClock
 
+PROGRESS = ("best_epoch", "best_weights", "train_seconds", "images_seen")  # of the Trainer, as they are
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -188,15 +189,9 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Everything that continuing after a kill needs; the batch order follows from the epoch."""
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            **{name: part.state_dict() for name, part in self._parts().items()},
+            **{name: getattr(self, name) for name in PROGRESS},
             "history": asdict(self.history),
-            "best_epoch": self.best_epoch,
-            "best_weights": self.best_weights,
-            "train_seconds": self.train_seconds,
-            "images_seen": self.images_seen,
             "loss_milliseconds": self.clock.milliseconds,
             "random_state": torch.get_rng_state(),
             "cuda_random_state": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -204,16 +199,16 @@ class Trainer:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue where ``state`` was taken."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        for name in PROGRESS:
+            setattr(self, name, state[name])
         self.history = History(**state["history"])
-        self.best_epoch = state["best_epoch"]
-        self.best_weights = state["best_weights"]
-        self.train_seconds = state["train_seconds"]
-        self.images_seen = state["images_seen"]
         self.clock.milliseconds = state["loss_milliseconds"]
         torch.set_rng_state(state["random_state"].cpu())
         if state["cuda_random_state"] is not None:
             torch.cuda.set_rng_state(state["cuda_random_state"].cpu(), self.device)
+
+    def _parts(self) -> dict[str, Any]:
+        """What has a state_dict."""
+        return {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}

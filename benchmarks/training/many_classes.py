@@ -12,7 +12,7 @@ from lmf_kernels import LMFLoss
 
 from .arguments import Parser, option, positive
 from .ranks import usable_device
-from .text import aligned
+from .report.text import aligned
 from .timing import LossClock
 
 

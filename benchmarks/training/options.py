@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import CORES, Parser, natural, not_negative, option, positive, several, switch
+from .data.readers import FORMS
 from .errors import UserError
 from .loop import Speed
 from .losses import LABELS, OPTIONS, LossOptions
-from .models import HEADS, LAST_LAYER, TIMM, Protocol, check_model_name, is_small, protocol_of, smallest_image
-from .readers import FORMS
+from .models import HEADS, MODELS, TIMM, Protocol, model_of
 from .toml import read_toml
 
 NO_WEIGHTS = "none"  # overrides a config file's
@@ -25,7 +25,7 @@ class Config:
     data: str = option("digits", FORMS)
     model: str = option(
         None,
-        f"{', '.join(LAST_LAYER)} or {TIMM}NAME; None: small_cnn for digits, mlp for keel, else resnet50",
+        f"{', '.join(MODELS)} or {TIMM}NAME; None: small_cnn for digits, mlp for keel, else resnet50",
         metavar="NAME",
     )
     weights: str | None = option(
@@ -76,7 +76,6 @@ def parse(argv: Sequence[str], epilog: str = "") -> Config:
     config: Config = given.run
     name, _, _ = config.data.partition(":")
     model = config.model or {"digits": "small_cnn", "keel": "mlp"}.get(name, "resnet50")
-    check_model_name(model)
     _check_out(config.out)
     return replace(
         config,
@@ -84,7 +83,7 @@ def parse(argv: Sequence[str], epilog: str = "") -> Config:
         weights=None if config.weights == NO_WEIGHTS else config.weights,
         losses=tuple(dict.fromkeys(config.losses)),
         seeds=tuple(config.seeds),
-        threads=config.threads or (1 if is_small(model) else CORES),  # small ones are not worth sharing out
+        threads=config.threads or (1 if model_of(model).small else CORES),  # small ones are not worth sharing out
         protocol=_protocol(model, given.protocol),
         speed=given.speed,
         loss_options=LossOptions(**{loss: getattr(given, loss) for loss in OPTIONS}),
@@ -107,11 +106,11 @@ def _parser(epilog: str) -> Parser:
 
 
 def _protocol(model: str, given: Protocol) -> Protocol:
-    protocol = replace(protocol_of(model), **{name: v for name, v in vars(given).items() if v is not None})
-    if protocol.image_size is not None and protocol.image_size < smallest_image(model):
-        raise UserError(
-            f"--image-size {protocol.image_size} is too small for {model}, expected at least {smallest_image(model)}"
-        )
+    known = model_of(model)
+    protocol = replace(known.protocol, **{name: v for name, v in vars(given).items() if v is not None})
+    size, smallest = protocol.image_size, known.smallest_image
+    if size is not None and size < smallest:
+        raise UserError(f"--image-size {size} is too small for {model}, expected at least {smallest}")
     return protocol
 
 

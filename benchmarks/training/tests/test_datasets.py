@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from training.data.readers import ham10000, isic2019, medmnist, odir5k, read
+from training.data.samples import Samples
+from training.data.split import describe_split, split_samples
 from training.errors import UserError
-from training.readers import ham10000, isic2019, medmnist, odir5k, read
-from training.samples import Samples
-from training.split import describe_split, split_samples
 
 from .published_formats import (
     HAM_COLUMNS,

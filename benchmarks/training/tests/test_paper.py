@@ -7,11 +7,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from training import cli, paper
+from training import cli
+from training.data.readers import ham10000, isic2019, odir5k
 from training.errors import UserError
-from training.paper_numbers import FILE, PaperNumbers, paper_numbers
-from training.readers import ham10000, isic2019, odir5k
-from training.tables import Table
+from training.paper import command as paper
+from training.report.paper_numbers import FILE, PaperNumbers, paper_numbers
+from training.report.tables import Table
 from training.toml import read_toml
 
 from .published_formats import make_ham10000, make_isic2019, make_odir5k
@@ -102,7 +103,7 @@ TINY = ["--model", "small_cnn", "--weights", "none", "--image-size", "16", "--ep
 
 def test_one_command_makes_the_papers_tables(data, tmp_path, capsys, made_numbers, monkeypatch):
     made_numbers.write_text(MADE.replace("resnet50", "small_cnn"))
-    monkeypatch.setattr("training.paper_numbers.read_toml", lambda path: read_toml(made_numbers))
+    monkeypatch.setattr("training.report.paper_numbers.read_toml", lambda path: read_toml(made_numbers))
     out = tmp_path / "out"
     command = ["--data", str(data), "--models", "resnet50", "--out", str(out), *TINY]
     assert paper.main([*command, "--losses", "ce", "--seeds", "2"]) == 0

@@ -9,18 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training.batches import MemoryBatches, Order
+from training.data.batches import MemoryBatches, Order
+from training.data.readers import read
+from training.data.samples import Samples
+from training.data.split import split_samples, thin
 from training.loop import History, Outcome, Trainer
 from training.losses import LABELS, LMFOptions, LossOptions, build_loss
 from training.metrics import Metrics, measure
 from training.models import Protocol, build_model
 from training.networks import SmallCNN
 from training.output import write_atomically, write_json
-from training.readers import read
 from training.record import Record
-from training.report import table_1, table_2, time_table
-from training.samples import Samples
-from training.split import split_samples, thin
+from training.report.comparison import table_1, table_2, time_table
 
 CPU = torch.device("cpu")
 

@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 
 from training import checkpoint, cli, gradcam
+from training.data.samples import Samples
+from training.data.split import split_samples
 from training.errors import UserError
 from training.experiment import Experiment
 from training.losses import LABELS, LossOptions
@@ -24,8 +26,6 @@ from training.models import build_model
 from training.networks import CosineClassifier, SmallCNN
 from training.options import parse
 from training.ranks import Ranks
-from training.samples import Samples
-from training.split import split_samples
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = sorted((ROOT / "benchmarks" / "configs").glob("*.toml"))

@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from training import study
 from training.experiment import Experiment
-from training.grid import Point, cosine_points, grid
 from training.options import parse
-from training.study_report import complete, frame, is_default, over_seeds, read_records, tables, winners
-from training.terms import follow
+from training.study import command as study
+from training.study.grid import Point, cosine_points, grid
+from training.study.report import complete, frame, is_default, over_seeds, read_records, tables, winners
+from training.study.terms import follow
 
 
 def test_grid_has_every_loss_and_the_papers_values():

@@ -4,7 +4,7 @@ import ast
 
 import numpy as np
 
-from ..errors import UserError
+from ...errors import UserError
 from ..samples import Samples
 from .files import data_folder, find_images, read_rows
 

@@ -9,11 +9,11 @@ import torch
 
 from lmf_kernels import ldam_margins, lmf_loss
 
-from .batches import Batches
-from .experiment import Experiment
+from ..data.batches import Batches
+from ..experiment import Experiment
+from ..loop import Trainer
+from ..report.plots import save
 from .grid import SCALES
-from .loop import Trainer
-from .plots import save
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import UserError
+from ..errors import UserError
 from .samples import PARTS, Samples
 
 HELD_OUT_SHARE = 0.15  # of every class, for validation and again for test

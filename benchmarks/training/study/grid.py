@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from .losses import FocalOptions, LDAMOptions, LMFOptions, LossOptions, WeightedCrossEntropyOptions
+from ..losses import FocalOptions, LDAMOptions, LMFOptions, LossOptions, WeightedCrossEntropyOptions
 
 LEARNING_RATES = (1e-3, 5e-3)
 SCALES = (1.0, 5.0, 10.0, 30.0)

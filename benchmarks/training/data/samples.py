@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .errors import UserError
+from ..errors import UserError
 
 PARTS = ("train", "val", "test")
 SMALLEST_CLASS = 3  # one sample each for training, validation and test

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
-from .losses import LABELS
-from .metrics import METRICS
-from .toml import read_toml
+from ..errors import UserError
+from ..losses import LABELS
+from ..metrics import METRICS
+from ..toml import read_toml
 
 FILE = Path(__file__).with_name("paper_numbers.toml")
 DATASETS = ("ham10000", "isic2019", "odir5k")

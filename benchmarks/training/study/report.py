@@ -9,11 +9,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from ..losses import LABELS, LOSSES
+from ..output import write_text
+from ..report.plots import save
+from ..report.tables import Table
 from .grid import SCALES
-from .losses import LABELS, LOSSES
-from .output import write_text
-from .plots import save
-from .tables import Table
 
 COMPARED = ("ce", "wce", "focal", "ldam", "lmf")
 RUN = ["data", "seed"]  # within which validation chooses

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from .checkpoint import RESULTS, record_of
-from .output import write_text
-from .paper_numbers import PaperNumbers, paper_numbers
-from .record import Record
-from .report import table_1, table_2
-from .tables import Table
+from ..checkpoint import RESULTS, record_of
+from ..output import write_text
+from ..record import Record
+from ..report.comparison import table_1, table_2
+from ..report.paper_numbers import PaperNumbers, paper_numbers
+from ..report.tables import Table
 
 TITLES = {"ham10000": "HAM10000", "isic2019": "ISIC-2019", "odir5k": "ODIR-5K"}
 
@@ -61,7 +61,7 @@ def read_run(folder: Path) -> Run | None:
 
 def write_report(runs: Sequence[Run], out: Path) -> None:
     """Print the tables; write them as Markdown and CSV, and Figure 1."""
-    from . import plots  # matplotlib is slow to import
+    from .figure import plot_figure_1  # matplotlib is slow to import
 
     numbers = list(zip(*(run.tables() for run in runs), strict=True))
     splits = "\n".join(f"split of {run.title}: {run.split}" for run in runs)
@@ -73,5 +73,5 @@ def write_report(runs: Sequence[Run], out: Path) -> None:
         lines = {(TITLES[run.dataset], run.model): table.long() for run, table in zip(runs, tables, strict=True)}
         long = pd.concat(lines, names=["dataset", "model"]).droplevel(-1)
         write_text(out / f"table_{i}.csv", long.to_csv(lineterminator="\n"))
-    plots.plot_figure_1(runs, out / "figure_1.png")
+    plot_figure_1(runs, out / "figure_1.png")
     print(f"wrote {out}: table_1 and table_2 (.md, .csv), figure_1.png; its folders have the rest")

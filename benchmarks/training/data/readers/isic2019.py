@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..errors import UserError
+from ...errors import UserError
 from ..samples import Samples
 from .files import data_folder, find_images, has_file, read_rows
 

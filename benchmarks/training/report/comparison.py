@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 import pandas as pd
 
-from .losses import LABELS
-from .metrics import METRICS
+from ..losses import LABELS
+from ..metrics import METRICS
+from ..record import Record
 from .paper_numbers import PaperNumbers
-from .record import Record
 from .tables import Table
 from .text import aligned
 

@@ -12,11 +12,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from sklearn.metrics import ConfusionMatrixDisplay
 
-from .losses import LABELS, LOSSES
-from .output import write_atomically
-from .paper_report import Run
-from .record import Record
-from .report import by_loss, table_2
+from ..losses import LABELS, LOSSES
+from ..output import write_atomically
+from ..record import Record
+from .comparison import by_loss, table_2
 
 RARE = 3  # classes in the paper's Figure 1
 
@@ -50,39 +49,12 @@ def plot_per_class_f1(
 
 def plot_rare_f1(records: Sequence[Record], class_names: Sequence[str], counts: Sequence[int], path: Path) -> None:
     """The paper's Figure 1: test F1 of the three rarest classes."""
-    rarest = _rarest(counts)
+    rarest = rarest_classes(counts)
     _plot_f1(records, rarest, class_names, counts, f"Test F1 of the {len(rarest)} rarest classes", path)
 
 
-def plot_figure_1(runs: Sequence[Run], path: Path) -> None:
-    """The paper's Figure 1 over several runs: a column for each dataset, a row for each model."""
-    datasets = list(dict.fromkeys(run.dataset for run in runs))
-    models = list(dict.fromkeys(run.model for run in runs))
-    figure, grid = plt.subplots(
-        len(models),
-        len(datasets),
-        figsize=(4.6 * len(datasets) + 0.6, 3.3 * len(models) + 0.6),
-        layout="constrained",
-        squeeze=False,
-    )
-    for axes in grid.flat:
-        axes.set_axis_off()
-    handles = {}
-    for run in runs:
-        axes = grid[models.index(run.model)][datasets.index(run.dataset)]
-        axes.set_axis_on()
-        _draw_f1(axes, run.records, _rarest(run.train_counts), run.class_names, run.train_counts)
-        axes.set_title(run.title)
-        bars, labels = axes.get_legend_handles_labels()
-        handles |= dict(zip(labels, bars, strict=True))
-    seeds = len({record.seed for run in runs for record in run.records})
-    spread = ": mean and standard deviation over seeds" if seeds > 1 else ""
-    figure.suptitle(f"Test F1 of the {RARE} rarest classes{spread}")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
-    save(figure, path)
-
-
-def _rarest(counts: Sequence[int]) -> np.ndarray:
+def rarest_classes(counts: Sequence[int]) -> np.ndarray:
+    """The classes of the paper's Figure 1, the rarest first."""
     return np.argsort(counts, kind="stable")[:RARE]
 
 
@@ -95,20 +67,21 @@ def _plot_f1(
     path: Path,
 ) -> None:
     figure, axes = plt.subplots(figsize=(max(9.0, 1.4 * len(classes) + 1), 4.4), layout="constrained")
-    _draw_f1(axes, records, classes, class_names, counts)
+    draw_f1(axes, records, classes, class_names, counts)
     spread = ": mean and standard deviation over seeds" if len({record.seed for record in records}) > 1 else ""
     axes.set_title(f"{title}{spread}")
     _legend_below(figure, axes)
     save(figure, path)
 
 
-def _draw_f1(
+def draw_f1(
     axes: plt.Axes,
     records: Sequence[Record],
     classes: Sequence[int] | range | np.ndarray,
     class_names: Sequence[str],
     counts: Sequence[int],
 ) -> None:
+    """The bars of some classes: a group for each class, a colour for each loss."""
     table = table_2(records, class_names, counts)
     mean, deviation = table.mean.iloc[:, classes], table.deviation.iloc[:, classes]
     # (losses, 2, classes) lengths, none of which leaves [0, 1]

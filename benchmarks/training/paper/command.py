@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from . import cli
-from .arguments import INTERRUPTED, Parser, exit_code, option, several
-from .paper_numbers import DATASETS
-from .paper_report import read_run, write_report
-from .readers import read
+from .. import cli
+from ..arguments import INTERRUPTED, Parser, exit_code, option, several
+from ..data.readers import read
+from ..report.paper_numbers import DATASETS
+from .report import read_run, write_report
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MODELS = ("efficientnet_v2_s", "resnet50", "densenet121")
 
 

@@ -7,7 +7,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from ..errors import UserError
+from ...errors import UserError
 from ..samples import PARTS, Samples
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .arguments import CORES, Parser, exit_code, option, positive, several
-from .experiment import Experiment
+from ..arguments import CORES, Parser, exit_code, option, positive, several
+from ..data.readers import read
+from ..experiment import Experiment
+from ..options import parse
+from ..output import write_json
 from .grid import LEARNING_RATES, SCALES, Point, cosine_points, grid
-from .options import parse
-from .output import write_json
-from .readers import read
-from .study_report import read_records, write_report
+from .report import read_records, write_report
 from .terms import follow, plot_terms
 
 # Batches of 64 cost half of the benchmark's default.

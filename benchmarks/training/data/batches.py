@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
+from ..ranks import Ranks
 from .images import ImageFiles
-from .ranks import Ranks
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # images (n, c, h, w) in [0, 1], labels (n,)
 

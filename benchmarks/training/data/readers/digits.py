@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from ..errors import UserError
+from ...errors import UserError
 from ..samples import Samples
 
 # NV, MEL, BKL, BCC, AKIEC, VASC, DF: the training counts of HAM10000 in Table 2 of the paper.

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
-from ..packages import needed
+from ...errors import UserError
+from ...packages import needed
 from ..samples import PARTS, Samples
 from .files import data_folder
 
