@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .arguments import option, switch
 from .data.batches import Batches
-from .metrics import Metrics, measure
+from .metrics import Metrics, Tally
 from .models import Protocol
 from .ranks import Ranks
 from .timing import LossClock
@@ -41,6 +41,11 @@ class History:
     val_loss: list[float] = field(default_factory=list)
     val_accuracy: list[float] = field(default_factory=list)
     val_macro_f1: list[float] = field(default_factory=list)
+
+    def add(self, part: str, loss: float, metrics: Metrics) -> None:
+        """An epoch of "train" or "val"."""
+        for name, value in {"loss": loss, "accuracy": metrics.accuracy, "macro_f1": metrics.macro_f1}.items():
+            getattr(self, f"{part}_{name}").append(value)
 
 
 @dataclass(frozen=True)
@@ -116,26 +121,19 @@ class Trainer:
     def _train_epoch(self, batches: Batches) -> None:
         self.model.train()
         batches.order.epoch = len(self.history.train_loss)
+        tally = self._tally()
         start = time.perf_counter()
-        sums = torch.zeros(2, device=self.device)  # of losses, of images
-        truth, guesses = self._nothing(), self._nothing()
         for images, labels in batches:
-            loss, logits = self._step(images, labels)
-            sums += loss * len(labels)
-            truth.append(labels)
-            guesses.append(logits.argmax(1))
+            tally.add(*self._step(images, labels), labels)
         self.scheduler.step()
-        total, images_seen = self.ranks.sum(sums).tolist()  # waits for the device
-        self.history.train_loss.append(total / images_seen)
+        loss, samples = tally.mean_loss()  # waits for the device
         self.train_seconds += time.perf_counter() - start
-        self.images_seen += int(images_seen)
+        self.images_seen += samples
         self.clock.collect()
-        metrics = self._measure(truth, guesses)
-        self.history.train_accuracy.append(metrics.accuracy)
-        self.history.train_macro_f1.append(metrics.macro_f1)
+        self.history.add("train", loss, tally.metrics())
 
     def _step(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimiser step; returns (loss, 1) and the logits before it."""
+        """One optimiser step; returns the loss and the logits before it."""
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             logits = self.forward(images.contiguous(memory_format=self.layout))
@@ -147,40 +145,30 @@ class Trainer:
         logits.backward(leaf.grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return torch.stack([loss.detach().float(), torch.ones((), device=self.device)]), leaf.detach()
+        return loss.detach(), leaf.detach()
 
     def _validate(self, batches: Batches) -> None:
         metrics, loss = self.evaluate(batches)
         if metrics.macro_f1 > max(self.history.val_macro_f1, default=-1.0):
             self.best_epoch = len(self.history.train_loss)
             self.best_weights = copy.deepcopy(self.model.state_dict())
-        self.history.val_loss.append(loss)
-        self.history.val_accuracy.append(metrics.accuracy)
-        self.history.val_macro_f1.append(metrics.macro_f1)
+        self.history.add("val", loss, metrics)
 
     @torch.no_grad()
     def evaluate(self, batches: Batches) -> tuple[Metrics, float]:
         """The metrics and the mean loss of one part."""
         self.model.eval()
         self.ranks.share_buffers(self.model)
-        total = torch.zeros((), device=self.device)
-        truth, guesses = self._nothing(), self._nothing()
+        tally = self._tally()
         for images, labels in batches:
             with self._autocast():
                 logits = self.model(images.contiguous(memory_format=self.layout))
-                total += self.criterion(logits, labels) * len(labels)
-            truth.append(labels)
-            guesses.append(logits.argmax(1))
-        metrics = self._measure(truth, guesses)
-        return metrics, self.ranks.sum(total).item() / sum(map(sum, metrics.confusion))
+                loss = self.criterion(logits, labels)
+            tally.add(loss, logits, labels)
+        return tally.metrics(), tally.mean_loss()[0]
 
-    def _nothing(self) -> list[torch.Tensor]:
-        """A list to collect labels in; not empty, since a process may get no share."""
-        return [torch.empty(0, dtype=torch.int64, device=self.device)]
-
-    def _measure(self, truth: list[torch.Tensor], guesses: list[torch.Tensor]) -> Metrics:
-        labels, predictions = (self.ranks.gather(torch.cat(parts)).cpu().numpy() for parts in (truth, guesses))
-        return measure(labels, predictions, self.num_classes)
+    def _tally(self) -> Tally:
+        return Tally(self.num_classes, self.device, self.ranks)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         amp = self.speed.amp

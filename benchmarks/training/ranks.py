@@ -28,12 +28,12 @@ class Ranks:
         return values
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """All processes' values (n_i,) one after the other."""
+        """All processes' values (..., n_i), joined on the last dimension."""
         if self.size == 1:
             return values
         parts: list[torch.Tensor] = [values] * self.size
         dist.all_gather_object(parts, values.cpu())
-        return torch.cat([part.to(values.device) for part in parts])
+        return torch.cat([part.to(values.device) for part in parts], dim=-1)
 
     def share_buffers(self, model: torch.nn.Module) -> None:
         """Give every process the first one's buffers (batch normalisation's statistics)."""
