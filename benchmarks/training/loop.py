@@ -1,4 +1,9 @@
-"""The training loop: epochs, validation, the best checkpoint, the test."""
+"""The training loop: epochs, validation, the best checkpoint, the test.
+
+By hand, because of the step: the losses are measured on the logits that the model gives, which Lightning Fabric and
+Accelerate convert to float32 under mixed precision, and the second half of backward starts at the gradient of the
+logits, which Fabric refuses where gradients are scaled.
+"""
 
 import copy
 import time

@@ -189,6 +189,24 @@ def test_many_classes_with_wrong_options(option, value, said, capsys):
     assert said in printed.err and printed.err.count("\n") == 1 and not printed.out
 
 
+OPTIONS = {
+    "": "config data model weights head losses seeds grouped no-grouped strict no-strict device workers threads "
+    "tensorboard grad-cam resume checkpoint-seconds out amp channels-last compile epochs batch-size lr weight-decay "
+    "lr-step lr-gamma image-size wce-class-weights focal-gamma focal-class-weights ldam-max-m ldam-s "
+    "ldam-class-weights lmf-alpha lmf-beta lmf-gamma lmf-max-m lmf-s lmf-class-weights",
+    "many-classes": "device features classes batch rounds",
+}
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_names_every_option(capsys, command):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*command.split(), "--help"])
+    text = capsys.readouterr().out
+    assert set(re.findall(r"--([a-z][a-z-]+) ", text)) >= set(OPTIONS[command].split())
+    assert "function" not in text  # the name of a converter, where that of a value belongs
+
+
 def test_missing_device(tmp_path, capsys):
     assert_refused(["--device", "cuda"], tmp_path / "out", capsys, "--device cuda")
 

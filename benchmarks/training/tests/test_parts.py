@@ -1,6 +1,7 @@
 """The training benchmark's parts: splits, batches, losses, the loop, metrics, tables and files."""
 
 import json
+import pickle
 from itertools import chain
 from pathlib import Path
 
@@ -145,6 +146,11 @@ def test_loss_options_reach_the_loss():
     margins = 0.5 * torch.tensor([2 / 3, 1.0])  # (16/81)^(1/4) = 2/3
     expected = 1.5 * (margins * F.softplus(2 * margins)).sum() / margins.sum()
     assert torch.allclose(loss, expected)
+
+
+def test_loss_options_travel_to_other_processes():
+    options = LossOptions(lmf=LMFOptions(s=2.0))
+    assert pickle.loads(pickle.dumps(options)) == options != LossOptions()
 
 
 def test_step_follows_the_gradient_of_the_loss():
