@@ -38,7 +38,7 @@ class Speed:
 
 @dataclass
 class History:
-    """One number an epoch."""
+    """One number per epoch."""
 
     train_loss: list[float] = field(default_factory=list)
     train_accuracy: list[float] = field(default_factory=list)  # while it trains: the model changes from step to step

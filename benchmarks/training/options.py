@@ -42,7 +42,7 @@ class Config:
     workers: int = option(CORES, "processes that decode image files", type=natural, compare=False)
     threads: int = option(
         None,
-        "threads of torch on the CPU; None: 1 for small_cnn and mlp, else one a core",
+        "threads of torch on the CPU; None: 1 for small_cnn and mlp, else one per core",
         type=positive,
         compare=False,
     )
@@ -74,8 +74,9 @@ def parse(argv: Sequence[str], epilog: str = "") -> Config:
             raise UserError(f"--config {given.config}: there is no option {unknown[0].partition('=')[0]}")
         given = _parser(epilog).parse_args([*arguments, *argv])
     config: Config = given.run
-    name, _, _ = config.data.partition(":")
-    model = config.model or {"digits": "small_cnn", "keel": "mlp"}.get(name, "resnet50")
+    dataset, _, _ = config.data.partition(":")
+    model = config.model or {"digits": "small_cnn", "keel": "mlp"}.get(dataset, "resnet50")
+    small = model_of(model).small
     _check_out(config.out)
     return replace(
         config,
@@ -83,7 +84,7 @@ def parse(argv: Sequence[str], epilog: str = "") -> Config:
         weights=None if config.weights == NO_WEIGHTS else config.weights,
         losses=tuple(dict.fromkeys(config.losses)),
         seeds=tuple(config.seeds),
-        threads=config.threads or (1 if model_of(model).small else CORES),  # small ones are not worth sharing out
+        threads=config.threads or (1 if small else CORES),  # small ones are not worth sharing out
         protocol=_protocol(model, given.protocol),
         speed=given.speed,
         loss_options=LossOptions(**{loss: getattr(given, loss) for loss in OPTIONS}),

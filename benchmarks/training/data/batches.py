@@ -37,7 +37,7 @@ class Order:
         # Gradients of equal shares average to the batch's gradient.
         batches[-1] = batches[-1][: len(batches[-1]) // self.ranks.size * self.ranks.size]
         if len(batches) > 1 and len(batches[-1]) <= self.ranks.size:
-            batches.pop()  # batch normalisation cannot train on a single value a channel
+            batches.pop()  # batch normalisation cannot train on a single value per channel
         return batches
 
     def __len__(self) -> int:

@@ -69,7 +69,7 @@ def write_report(runs: Sequence[Run], out: Path) -> None:
     for i, tables in enumerate(numbers, start=1):
         markdown = "\n\n".join(table.markdown() for table in tables)
         write_text(out / f"table_{i}.md", f"{markdown}\n\n{splits}\n")
-        # One number a line, since the datasets have different classes.
+        # One number per line, since the datasets have different classes.
         lines = {(TITLES[run.dataset], run.model): table.long() for run, table in zip(runs, tables, strict=True)}
         long = pd.concat(lines, names=["dataset", "model"]).droplevel(-1)
         write_text(out / f"table_{i}.csv", long.to_csv(lineterminator="\n"))

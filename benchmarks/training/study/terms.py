@@ -18,7 +18,7 @@ from .grid import SCALES
 
 @dataclass(frozen=True)
 class Terms:
-    """One number an epoch, over the training part."""
+    """One number per epoch, over the training part."""
 
     ldam_share: list[float]  # of the two terms' gradient norms with respect to the logits
     gap: list[float]  # median of z_y minus the largest other logit

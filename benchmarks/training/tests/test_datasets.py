@@ -171,7 +171,7 @@ def test_medmnist_mistakes(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is not a MedMNIST file"):
         read(f"medmnist:{tmp_path / 'other.npz'}")
     make_medmnist(tmp_path / "chest.npz", (8, 8), labels_shape=(14,))
-    with pytest.raises(UserError, match="only one label an image"):
+    with pytest.raises(UserError, match="only one label per image"):
         read(f"medmnist:{tmp_path / 'chest.npz'}")
     make_medmnist(tmp_path / "organ3d.npz", (8, 8, 8, 1))
     with pytest.raises(UserError, match="only two-dimensional"):

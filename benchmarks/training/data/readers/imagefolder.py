@@ -1,4 +1,4 @@
-"""Folders of images, one a class: torchvision's ImageFolder layout."""
+"""Folders of images, one per class: torchvision's ImageFolder layout."""
 
 from itertools import chain
 from pathlib import Path

@@ -22,7 +22,7 @@ def read_medmnist(argument: str) -> Samples:
     labels = np.concatenate([arrays[f"{part}_labels"] for part in PARTS])  # (n, 1)
     images = np.concatenate([arrays[f"{part}_images"] for part in PARTS])  # (n, h, w) or (n, h, w, 3)
     if labels.ndim != 2 or labels.shape[1] != 1:
-        raise UserError(f"{path}: its labels have shape {labels.shape}, but only one label an image is supported")
+        raise UserError(f"{path}: its labels have shape {labels.shape}, but only one label per image is supported")
     if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
         raise UserError(f"{path}: its images have shape {images.shape}, but only two-dimensional ones are supported")
     pixels = torch.from_numpy(images.astype(np.uint8))

@@ -14,7 +14,7 @@ COUNTS = (2873, 1608, 708, 293, 284, 266, 232, 128)  # as published; 6392 images
 
 
 def read_odir5k(argument: str) -> Samples:
-    """full_df.csv (one row an eye: ID, filename, labels such as "['N']") and the images."""
+    """full_df.csv (one row per eye: ID, filename, labels such as "['N']") and the images."""
     root = data_folder("odir5k", argument)
     rows = read_rows(root, "full_df.csv", ["ID", "labels", "filename"])
     return Samples(
