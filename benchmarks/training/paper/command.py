@@ -9,7 +9,8 @@ from .. import cli
 from ..arguments import INTERRUPTED, Parser, exit_code, option, several
 from ..data.readers import read
 from ..report.paper_numbers import DATASETS
-from .report import read_run, write_report
+from ..report.run import read_run
+from .report import write_report
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MODELS = ("efficientnet_v2_s", "resnet50", "densenet121")

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from ..report.plots import RARE, draw_f1, rarest_classes, save
-from .report import Run
+from ..report.plots import draw_f1, save
+from ..report.run import RARE, Run
+from .report import title_of
 
 
 def plot_figure_1(runs: Sequence[Run], path: Path) -> None:
@@ -26,12 +27,11 @@ def plot_figure_1(runs: Sequence[Run], path: Path) -> None:
     for run in runs:
         axes = grid[models.index(run.model)][datasets.index(run.dataset)]
         axes.set_axis_on()
-        draw_f1(axes, run.records, rarest_classes(run.train_counts), run.class_names, run.train_counts)
-        axes.set_title(run.title)
+        draw_f1(axes, run, run.rarest)
+        axes.set_title(title_of(run))
         bars, labels = axes.get_legend_handles_labels()
         handles |= dict(zip(labels, bars, strict=True))
-    seeds = len({record.seed for run in runs for record in run.records})
-    spread = ": mean and standard deviation over seeds" if seeds > 1 else ""
+    spread = ": mean and standard deviation over seeds" if any(run.seeds > 1 for run in runs) else ""
     figure.suptitle(f"Test F1 of the {RARE} rarest classes{spread}")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
     save(figure, path)

@@ -14,16 +14,13 @@ from sklearn.metrics import ConfusionMatrixDisplay
 
 from ..losses import LABELS, LOSSES
 from ..output import write_atomically
-from ..record import Record
-from .comparison import by_loss, table_2
-
-RARE = 3  # classes in the paper's Figure 1
+from .run import Run
 
 
-def plot_curves(records: Sequence[Record], path: Path) -> None:
+def plot_curves(run: Run, path: Path) -> None:
     """Training loss and validation macro F1 per epoch: means over seeds, with the range as a band."""
     figure, (loss_axes, f1_axes) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    for loss, group in by_loss(records).items():
+    for loss, group in run.by_loss.items():
         for axes, field in ((loss_axes, "train_loss"), (f1_axes, "val_macro_f1")):
             values = np.array([getattr(record.outcome.history, field) for record in group])  # (seeds, epochs)
             epochs = np.arange(1, values.shape[1] + 1)
@@ -34,55 +31,33 @@ def plot_curves(records: Sequence[Record], path: Path) -> None:
     f1_axes.set(xlabel="epoch", ylabel="macro F1", title="Validation macro F1")
     for axes in (loss_axes, f1_axes):
         axes.grid(alpha=0.3)
-    if len({record.seed for record in records}) > 1:
+    if run.seeds > 1:
         figure.suptitle("Lines: mean over seeds; bands: smallest to largest", fontsize=10)
     _legend_below(figure, loss_axes)
     save(figure, path)
 
 
-def plot_per_class_f1(
-    records: Sequence[Record], class_names: Sequence[str], train_counts: Sequence[int], path: Path
-) -> None:
+def plot_per_class_f1(run: Run, path: Path) -> None:
     """Test F1 of every class as grouped bars: means over seeds, with the standard deviation."""
-    _plot_f1(records, range(len(class_names)), class_names, train_counts, "Test F1 per class", path)
+    _plot_f1(run, range(len(run.class_names)), "Test F1 per class", path)
 
 
-def plot_rare_f1(records: Sequence[Record], class_names: Sequence[str], counts: Sequence[int], path: Path) -> None:
+def plot_rare_f1(run: Run, path: Path) -> None:
     """The paper's Figure 1: test F1 of the three rarest classes."""
-    rarest = rarest_classes(counts)
-    _plot_f1(records, rarest, class_names, counts, f"Test F1 of the {len(rarest)} rarest classes", path)
+    _plot_f1(run, run.rarest, f"Test F1 of the {len(run.rarest)} rarest classes", path)
 
 
-def rarest_classes(counts: Sequence[int]) -> np.ndarray:
-    """The classes of the paper's Figure 1, the rarest first."""
-    return np.argsort(counts, kind="stable")[:RARE]
-
-
-def _plot_f1(
-    records: Sequence[Record],
-    classes: Sequence[int] | range | np.ndarray,
-    class_names: Sequence[str],
-    counts: Sequence[int],
-    title: str,
-    path: Path,
-) -> None:
+def _plot_f1(run: Run, classes: Sequence[int] | np.ndarray, title: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(max(9.0, 1.4 * len(classes) + 1), 4.4), layout="constrained")
-    draw_f1(axes, records, classes, class_names, counts)
-    spread = ": mean and standard deviation over seeds" if len({record.seed for record in records}) > 1 else ""
-    axes.set_title(f"{title}{spread}")
+    draw_f1(axes, run, classes)
+    axes.set_title(f"{title}: mean and standard deviation over seeds" if run.seeds > 1 else title)
     _legend_below(figure, axes)
     save(figure, path)
 
 
-def draw_f1(
-    axes: plt.Axes,
-    records: Sequence[Record],
-    classes: Sequence[int] | range | np.ndarray,
-    class_names: Sequence[str],
-    counts: Sequence[int],
-) -> None:
+def draw_f1(axes: plt.Axes, run: Run, classes: Sequence[int] | np.ndarray) -> None:
     """The bars of some classes: a group for each class, a colour for each loss."""
-    table = table_2(records, class_names, counts)
+    table = run.table_2()
     mean, deviation = table.mean.iloc[:, classes], table.deviation.iloc[:, classes]
     # (losses, 2, classes) lengths, none of which leaves [0, 1]
     bars = np.stack([np.minimum(deviation, mean), np.minimum(deviation, 1 - mean)], axis=1)
@@ -90,24 +65,24 @@ def draw_f1(
         ax=axes,
         width=0.84,
         yerr=None if np.isnan(bars).any() else bars,
-        color=[LOSSES[loss].color for loss in by_loss(records)],
+        color=[LOSSES[loss].color for loss in run.by_loss],
         error_kw={"elinewidth": 0.8, "ecolor": "#555555"},
         rot=0,
         legend=False,
     )
-    names = [f"{fill(class_names[c], 14, break_long_words=False)}\n{counts[c]} images" for c in classes]
+    names = [f"{fill(run.class_names[c], 14, break_long_words=False)}\n{run.train_counts[c]} images" for c in classes]
     axes.set_xticks(range(len(classes)), names)
     axes.set(ylabel="test F1", ylim=(0, 1.05), xlabel="class and its training images")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
 
 
-def plot_confusion(records: Sequence[Record], class_names: Sequence[str], path: Path) -> None:
+def plot_confusion(run: Run, path: Path) -> None:
     """A confusion matrix for each loss: shares of each true class, all seeds together."""
-    groups = by_loss(records)
+    groups = run.by_loss
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
-    names = [name if len(name) <= 22 else f"{name[:20]} …" for name in class_names]
+    names = [name if len(name) <= 22 else f"{name[:20]} …" for name in run.class_names]
     side = max(3.0, 0.55 * len(names) + 0.8 + 0.07 * max(map(len, names)))
     figure, grid = plt.subplots(
         rows, columns, figsize=(side * columns + 0.8, side * rows + 0.4), layout="constrained", squeeze=False
@@ -162,6 +137,15 @@ def plot_overlays(
     for axes in grid.flat:
         axes.set_axis_off()
     save(figure, path)
+
+
+# Of each run; Grad-CAM's overlays are beside them.
+PICTURES = {
+    "curves.png": plot_curves,
+    "per_class_f1.png": plot_per_class_f1,
+    "rare_f1.png": plot_rare_f1,
+    "confusion.png": plot_confusion,
+}
 
 
 def _legend_below(figure: Figure, axes: plt.Axes) -> None:

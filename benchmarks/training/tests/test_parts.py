@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from itertools import chain
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from training.models import Protocol, build_model
 from training.networks import SmallCNN
 from training.output import write_atomically, write_json
 from training.record import Record
-from training.report.comparison import table_1, table_2, time_table
+from training.report.run import Run
+from training.report.times import time_table
 
 CPU = torch.device("cpu")
 
@@ -200,20 +202,23 @@ def record(loss: str, seed: int, f1: float, loss_ms: float = 1.0) -> Record:
     return Record(loss, seed, Outcome(metrics, 1, f1, 100.0 / loss_ms, loss_ms, 0.1, History([1.0], [1.0], [f1], [f1])))
 
 
+def run_of(*records: Record) -> Run:
+    return Run("digits", "small_cnn", "as made", ["x", "y"], [9, 3], records)
+
+
 def test_tables_hold_mean_and_deviation():
-    records = [record("ldam", 0, 0.4), record("ldam", 1, 0.7), record("ce", 0, 0.5), record("ce", 1, 0.5)]
-    title, head, ruler, cross_entropy, ldam = table_1(records).text().splitlines()
+    run = run_of(record("ldam", 0, 0.4), record("ldam", 1, 0.7), record("ce", 0, 0.5), record("ce", 1, 0.5))
+    title, head, ruler, cross_entropy, ldam = run.table_1().text().splitlines()
     assert "over 2 seeds" in title and set(ruler) == {"-"}
     assert head.split() == ["Loss", "Accuracy", "Precision", "Recall", "Macro", "F1"]
     assert cross_entropy.split()[-3:] == ["0.500", "±", "0.000"]
     assert ldam.split()[-3:] == ["0.550", "±", "0.212*"]  # the sample deviation of 0.4 and 0.7; the best
     assert len(head) <= len(ruler) and cross_entropy.rindex("±") == ldam.rindex("±")
-    assert table_2(records, ["x", "y"], [9, 3]).text().splitlines()[1].split("  ")[0] == "Loss"
-    assert list(table_2(records, ["x", "y"], [9, 3]).mean) == ["x (9)", "y (3)"]
+    assert re.split(r"  +", run.table_2().text().splitlines()[1].strip()) == ["Loss", "x (9)", "y (3)"]
 
 
 def test_tables_as_markdown_and_csv():
-    table = table_2([record("ldam", 0, 0.4), record("ce", 0, 0.7)], ["x", "y"], [9, 3])
+    table = run_of(record("ldam", 0, 0.4), record("ce", 0, 0.7)).table_2()
     assert table.markdown().splitlines()[2:] == [
         "| Loss | x (9) | y (3) |",
         "| :-- | --: | --: |",
@@ -226,7 +231,7 @@ def test_tables_as_markdown_and_csv():
 
 
 def test_report_compares_fused_with_eager():
-    text = time_table([record("lmf", 0, 0.5, 0.5), record("lmf-eager", 0, 0.5, 2.0)])
+    text = time_table(run_of(record("lmf", 0, 0.5, 0.5), record("lmf-eager", 0, 0.5, 2.0)))
     assert "loss 0.500 against 2.000 ms a step (4.0x)" in text
     assert "200 against 50 images/s (4.00x)" in text
 
