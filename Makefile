@@ -38,8 +38,10 @@ $(STAMPS)/python:
 	@tools/environment.sh "$(VENV)" "$(PYTHON)"
 	mkdir -p $(STAMPS) && touch $@
 
-$(STAMPS)/train $(STAMPS)/dev: $(STAMPS)/%: $(STAMPS)/python requirements-%.txt requirements-train.txt
-	$(BIN)/python tools/install.py requirements-$*.txt
+$(STAMPS)/train: benchmarks/training/requirements.txt
+$(STAMPS)/dev: requirements-dev.txt benchmarks/training/requirements.txt
+$(STAMPS)/train $(STAMPS)/dev: $(STAMPS)/python
+	$(BIN)/python tools/install.py $(firstword $(filter %.txt,$^))
 	touch $@
 
 # An environment that was there has a copy of the package, which goes out of date with any file of it.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lmf_kernels, when it is built in place
 
-from training.paper import main
+from training.paper.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,6 @@
 """Installs a requirements file, or this package (`.`), into the running environment, as `make` does.
 
-    python tools/install.py requirements-train.txt
+    python tools/install.py benchmarks/training/requirements.txt
     python tools/install.py .
 
 An environment that make made gets the pinned versions, and the package by reference to the clone. One that was there

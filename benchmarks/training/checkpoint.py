@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from .config import Config
 from .errors import UserError
 from .loop import History, Outcome, Trainer
 from .metrics import Metrics
+from .options import Config
 from .output import write_atomically
 from .record import Record
 

@@ -8,19 +8,19 @@ import torch
 from tqdm import tqdm
 
 from . import checkpoint, gradcam
-from .batches import Batch, Batches, FileBatches, MemoryBatches, Order
-from .config import Config
+from .data.batches import Batch, Batches, FileBatches, MemoryBatches, Order
+from .data.images import ImageFiles, unreadable
+from .data.readers import read
+from .data.samples import Samples
+from .data.split import Split, split_samples
 from .errors import UserError
-from .images import ImageFiles, unreadable
 from .loop import Outcome, Trainer
 from .losses import LABELS, build_loss
-from .models import PAPER_IMAGE_SIZE, build_model, channels_of, smallest_image
-from .paper_numbers import paper_numbers
-from .ranks import Ranks, join
-from .readers import read
+from .models import PAPER_IMAGE_SIZE, build_model, model_of
+from .options import Config
+from .ranks import Ranks, join, usable_device
 from .record import Record
-from .samples import Samples
-from .split import Split, split_samples
+from .report.paper_numbers import paper_numbers
 from .tensorboard import check_tensorboard, scalar_writer
 
 GALLERY = 3  # samples with Grad-CAM overlays
@@ -166,23 +166,14 @@ def _image_shape(samples: Samples, model: str, size: int | None) -> tuple[int, i
         raise UserError(f"--model {model} reads images, but {samples.name} is a table; use --model mlp")
     if model == "mlp" and size is None:
         return channels, height, width
-    shape = (channels_of(model, channels), size or height, size or width)
-    if min(shape[1:]) < smallest_image(model):
+    known = model_of(model)
+    shape = (channels if known.small else 3, size or height, size or width)
+    if min(shape[1:]) < known.smallest_image:
         raise UserError(
-            f"images of {shape[1]}x{shape[2]} are too small for {model}, expected at least {smallest_image(model)}; "
+            f"images of {shape[1]}x{shape[2]} are too small for {model}, expected at least {known.smallest_image}; "
             "see --image-size"
         )
     return shape
-
-
-def usable_device(name: str) -> torch.device:
-    """The device of --device; a UserError if this machine has none such."""
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def _readable(samples: Samples, strict: bool) -> Samples:

@@ -8,22 +8,15 @@ from torch import nn
 
 from .errors import UserError
 from .losses import LABELS
+from .models import MODELS, model_of
 from .output import write_atomically
-
-# The layer whose output still has a place for each part of the image.
-TARGET_LAYER = {
-    "small_cnn": "features.4",
-    "resnet50": "layer4",
-    "efficientnet_v2_s": "features",
-    "densenet121": "features",
-    "efficientnet_lite0": "_bn1",
-}
 
 
 def check_gradcam(model_name: str) -> None:
     """Raise UserError if the package is missing or the model has no map of the image."""
-    if model_name not in TARGET_LAYER:
-        raise UserError(f"--grad-cam is not supported for {model_name}, expected one of: {', '.join(TARGET_LAYER)}")
+    if model_of(model_name).map_layer is None:
+        supported = ", ".join(name for name, model in MODELS.items() if model.map_layer)
+        raise UserError(f"--grad-cam is not supported for {model_name}, expected one of: {supported}")
     try:
         import pytorch_grad_cam  # noqa: F401
     except ImportError as error:
@@ -36,7 +29,7 @@ def overlays(model: nn.Module, model_name: str, images: torch.Tensor) -> tuple[n
     from pytorch_grad_cam.utils.image import show_cam_on_image
 
     model.eval()
-    with GradCAM(model=model, target_layers=[model.get_submodule(TARGET_LAYER[model_name])]) as cam:
+    with GradCAM(model=model, target_layers=[model.get_submodule(model_of(model_name).map_layer)]) as cam:
         maps = cam(input_tensor=images, targets=None)  # (n, h, w) in [0, 1], for the predicted class
         predicted = cam.outputs.argmax(1).cpu().numpy()
     pictures = [

@@ -1,4 +1,9 @@
-"""The training loop: epochs, validation, the best checkpoint, the test."""
+"""The training loop: epochs, validation, the best checkpoint, the test.
+
+By hand, because of the step: the losses are measured on the logits that the model gives, which Lightning Fabric and
+Accelerate convert to float32 under mixed precision, and the second half of backward starts at the gradient of the
+logits, which Fabric refuses where gradients are scaled.
+"""
 
 import copy
 import time
@@ -11,27 +16,29 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .batches import Batches
-from .metrics import Metrics, measure
+from .arguments import option, switch
+from .data.batches import Batches
+from .metrics import Metrics, Tally
 from .models import Protocol
 from .ranks import Ranks
 from .timing import LossClock
 
+PROGRESS = ("best_epoch", "best_weights", "train_seconds", "images_seen")  # of the Trainer, as they are
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What makes training faster on a GPU."""
+    """What makes training faster on a GPU. Under torchrun the processes share every batch (gloo or NCCL)."""
 
-    amp: str | None = None  # a key of AMP
-    channels_last: bool = False
-    compile: bool = False
+    amp: str | None = option(None, "mixed precision; None: float32", type=str, nargs=None, metavar=None, choices=AMP)
+    channels_last: bool = switch(False, "store images as NHWC")
+    compile: bool = switch(False, "torch.compile the model")
 
 
 @dataclass
 class History:
-    """One number an epoch."""
+    """One number per epoch."""
 
     train_loss: list[float] = field(default_factory=list)
     train_accuracy: list[float] = field(default_factory=list)  # while it trains: the model changes from step to step
@@ -39,6 +46,11 @@ class History:
     val_loss: list[float] = field(default_factory=list)
     val_accuracy: list[float] = field(default_factory=list)
     val_macro_f1: list[float] = field(default_factory=list)
+
+    def add(self, part: str, loss: float, metrics: Metrics) -> None:
+        """An epoch of "train" or "val"."""
+        for name, value in {"loss": loss, "accuracy": metrics.accuracy, "macro_f1": metrics.macro_f1}.items():
+            getattr(self, f"{part}_{name}").append(value)
 
 
 @dataclass(frozen=True)
@@ -114,26 +126,19 @@ class Trainer:
     def _train_epoch(self, batches: Batches) -> None:
         self.model.train()
         batches.order.epoch = len(self.history.train_loss)
+        tally = self._tally()
         start = time.perf_counter()
-        sums = torch.zeros(2, device=self.device)  # of losses, of images
-        truth, guesses = self._nothing(), self._nothing()
         for images, labels in batches:
-            loss, logits = self._step(images, labels)
-            sums += loss * len(labels)
-            truth.append(labels)
-            guesses.append(logits.argmax(1))
+            tally.add(*self._step(images, labels), labels)
         self.scheduler.step()
-        total, images_seen = self.ranks.sum(sums).tolist()  # waits for the device
-        self.history.train_loss.append(total / images_seen)
+        loss, samples = tally.mean_loss()  # waits for the device
         self.train_seconds += time.perf_counter() - start
-        self.images_seen += int(images_seen)
+        self.images_seen += samples
         self.clock.collect()
-        metrics = self._measure(truth, guesses)
-        self.history.train_accuracy.append(metrics.accuracy)
-        self.history.train_macro_f1.append(metrics.macro_f1)
+        self.history.add("train", loss, tally.metrics())
 
     def _step(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimiser step; returns (loss, 1) and the logits before it."""
+        """One optimiser step; returns the loss and the logits before it."""
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             logits = self.forward(images.contiguous(memory_format=self.layout))
@@ -145,40 +150,30 @@ class Trainer:
         logits.backward(leaf.grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return torch.stack([loss.detach().float(), torch.ones((), device=self.device)]), leaf.detach()
+        return loss.detach(), leaf.detach()
 
     def _validate(self, batches: Batches) -> None:
         metrics, loss = self.evaluate(batches)
         if metrics.macro_f1 > max(self.history.val_macro_f1, default=-1.0):
             self.best_epoch = len(self.history.train_loss)
             self.best_weights = copy.deepcopy(self.model.state_dict())
-        self.history.val_loss.append(loss)
-        self.history.val_accuracy.append(metrics.accuracy)
-        self.history.val_macro_f1.append(metrics.macro_f1)
+        self.history.add("val", loss, metrics)
 
     @torch.no_grad()
     def evaluate(self, batches: Batches) -> tuple[Metrics, float]:
         """The metrics and the mean loss of one part."""
         self.model.eval()
         self.ranks.share_buffers(self.model)
-        total = torch.zeros((), device=self.device)
-        truth, guesses = self._nothing(), self._nothing()
+        tally = self._tally()
         for images, labels in batches:
             with self._autocast():
                 logits = self.model(images.contiguous(memory_format=self.layout))
-                total += self.criterion(logits, labels) * len(labels)
-            truth.append(labels)
-            guesses.append(logits.argmax(1))
-        metrics = self._measure(truth, guesses)
-        return metrics, self.ranks.sum(total).item() / sum(map(sum, metrics.confusion))
+                loss = self.criterion(logits, labels)
+            tally.add(loss, logits, labels)
+        return tally.metrics(), tally.mean_loss()[0]
 
-    def _nothing(self) -> list[torch.Tensor]:
-        """A list to collect labels in; not empty, since a process may get no share."""
-        return [torch.empty(0, dtype=torch.int64, device=self.device)]
-
-    def _measure(self, truth: list[torch.Tensor], guesses: list[torch.Tensor]) -> Metrics:
-        labels, predictions = (self.ranks.gather(torch.cat(parts)).cpu().numpy() for parts in (truth, guesses))
-        return measure(labels, predictions, self.num_classes)
+    def _tally(self) -> Tally:
+        return Tally(self.num_classes, self.device, self.ranks)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         amp = self.speed.amp
@@ -187,15 +182,9 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Everything that continuing after a kill needs; the batch order follows from the epoch."""
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            **{name: part.state_dict() for name, part in self._parts().items()},
+            **{name: getattr(self, name) for name in PROGRESS},
             "history": asdict(self.history),
-            "best_epoch": self.best_epoch,
-            "best_weights": self.best_weights,
-            "train_seconds": self.train_seconds,
-            "images_seen": self.images_seen,
             "loss_milliseconds": self.clock.milliseconds,
             "random_state": torch.get_rng_state(),
             "cuda_random_state": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -203,16 +192,16 @@ class Trainer:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue where ``state`` was taken."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        for name in PROGRESS:
+            setattr(self, name, state[name])
         self.history = History(**state["history"])
-        self.best_epoch = state["best_epoch"]
-        self.best_weights = state["best_weights"]
-        self.train_seconds = state["train_seconds"]
-        self.images_seen = state["images_seen"]
         self.clock.milliseconds = state["loss_milliseconds"]
         torch.set_rng_state(state["random_state"].cpu())
         if state["cuda_random_state"] is not None:
             torch.cuda.set_rng_state(state["cuda_random_state"].cpu(), self.device)
+
+    def _parts(self) -> dict[str, Any]:
+        """What has a state_dict."""
+        return {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}

@@ -1,10 +1,12 @@
-"""The losses that are compared, their hyper-parameters (the paper's are the defaults) and their names."""
+"""The losses that are compared, a row for each, and their hyper-parameters; the paper's are the defaults."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, make_dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from simple_parsing import choice
 from torch import Tensor, nn
 
 from lmf_kernels import (
@@ -19,7 +21,7 @@ from lmf_kernels import (
 from .errors import UserError
 
 # Class weights from class counts. "margins" is what the official code gives to both terms of its LMF loss.
-CLASS_WEIGHTS = {
+CLASS_WEIGHTS: dict[str, Callable[[Tensor], Tensor | None]] = {
     "none": lambda counts: None,
     "inverse": inverse_frequency_weights,
     "effective": effective_number_weights,
@@ -31,7 +33,7 @@ CLASS_WEIGHTS = {
 class WeightedCrossEntropyOptions:
     """Options of the weighted cross-entropy."""
 
-    class_weights: str = "inverse"
+    class_weights: str = choice(*CLASS_WEIGHTS, default="inverse")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class FocalOptions:
     """Options of the focal loss."""
 
     gamma: float = 1.5
-    class_weights: str = "none"
+    class_weights: str = choice(*CLASS_WEIGHTS, default="none")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class LDAMOptions:
 
     max_m: float = 0.5
     s: float = 30.0
-    class_weights: str = "none"
+    class_weights: str = choice(*CLASS_WEIGHTS, default="none")
 
 
 @dataclass(frozen=True)
@@ -60,60 +62,52 @@ class LMFOptions:
     gamma: float = 1.5
     max_m: float = 0.5
     s: float = 30.0
-    class_weights: str = "none"
+    class_weights: str = choice(*CLASS_WEIGHTS, default="none")
 
 
 @dataclass(frozen=True)
-class LossOptions:
-    """The hyper-parameters of every loss; the field names are the options' prefixes."""
+class Loss:
+    """A loss: ``build(counts, weight=class_weights, **hyper_parameters)``."""
 
-    wce: WeightedCrossEntropyOptions = WeightedCrossEntropyOptions()
-    focal: FocalOptions = FocalOptions()
-    ldam: LDAMOptions = LDAMOptions()
-    lmf: LMFOptions = LMFOptions()
+    label: str  # in tables
+    color: str  # in pictures: Okabe and Ito's, which colour-blind people can tell apart
+    build: Callable[..., nn.Module]
+    options: Any = None  # a dataclass of the hyper-parameters, with class_weights; --NAME-FIELD on the command line
+    options_of: str | None = None  # the loss whose options count
 
 
-# What each loss is called in the tables.
-LABELS = {
-    "ce": "Cross-entropy",
-    "wce": "Weighted CE",
-    "focal": "Focal",
-    "ldam": "LDAM",
-    "lmf": "LMF (fused)",
-    "lmf-eager": "LMF (eager)",
+LOSSES = {
+    "ce": Loss("Cross-entropy", "#000000", lambda counts: nn.CrossEntropyLoss()),
+    "wce": Loss(
+        "Weighted CE",
+        "#999999",
+        lambda counts, weight: nn.CrossEntropyLoss(weight=weight),
+        WeightedCrossEntropyOptions(),
+    ),
+    "focal": Loss("Focal", "#56B4E9", lambda counts, **options: FocalLoss(**options), FocalOptions()),
+    "ldam": Loss("LDAM", "#009E73", LDAMLoss, LDAMOptions()),
+    "lmf": Loss("LMF (fused)", "#D55E00", LMFLoss, LMFOptions()),
+    "lmf-eager": Loss("LMF (eager)", "#E69F00", partial(LMFLoss, backend="reference"), options_of="lmf"),
 }
+LABELS = {name: loss.label for name, loss in LOSSES.items()}
+OPTIONS = {name: loss.options for name, loss in LOSSES.items() if loss.options is not None}
+# The hyper-parameters of every loss that has some, by its name.
+LossOptions = make_dataclass(
+    "LossOptions",
+    [(name, type(own), own) for name, own in OPTIONS.items()],
+    frozen=True,
+    namespace={"__module__": __name__},  # for pickle
+)
 
 
 def build_loss(name: str, counts: Sequence[int], options: LossOptions) -> nn.Module:
     """The loss ``name`` for classes with these training counts."""
+    loss = LOSSES[name]
+    own = getattr(options, loss.options_of or name, None)
+    keywords = {} if own is None else asdict(own)
     try:
-        return _build(name, counts, options)
+        if "class_weights" in keywords:
+            keywords["weight"] = CLASS_WEIGHTS[keywords.pop("class_weights")](torch.as_tensor(counts))
+        return loss.build(counts, **keywords)
     except ValueError as error:  # an option out of range; the message names it
         raise UserError(f"loss {name}: {error}") from error
-
-
-def _build(name: str, counts: Sequence[int], options: LossOptions) -> nn.Module:
-    match name:
-        case "ce":
-            return nn.CrossEntropyLoss()
-        case "wce":
-            return nn.CrossEntropyLoss(weight=_class_weights(options.wce, counts))
-        case "focal":
-            return FocalLoss(gamma=options.focal.gamma, weight=_class_weights(options.focal, counts))
-        case "ldam":
-            return LDAMLoss(counts, **_keywords(options.ldam, counts))
-        case "lmf":
-            return LMFLoss(counts, **_keywords(options.lmf, counts))
-        case "lmf-eager":
-            return LMFLoss(counts, **_keywords(options.lmf, counts), backend="reference")
-    raise UserError(f"loss {name!r} is unknown, expected one of: {', '.join(LABELS)}")
-
-
-def _keywords(options: LDAMOptions | LMFOptions, counts: Sequence[int]) -> dict[str, Any]:
-    keywords = dict(vars(options))
-    del keywords["class_weights"]
-    return {**keywords, "weight": _class_weights(options, counts)}
-
-
-def _class_weights(options: Any, counts: Sequence[int]) -> Tensor | None:
-    return CLASS_WEIGHTS[options.class_weights](torch.as_tensor(counts))

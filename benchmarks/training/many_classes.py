@@ -1,5 +1,7 @@
 """A training step of a linear classifier of many classes on synthetic data: what the loss takes of it."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -8,10 +10,21 @@ from torch import Tensor, nn
 
 from lmf_kernels import LMFLoss
 
-from .tables import aligned
+from .arguments import Parser, option, positive
+from .ranks import usable_device
+from .report.text import aligned
 from .timing import LossClock
 
-ROUNDS = 9
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the classifier is, and how often its step is timed."""
+
+    device: str = option("cpu", "cpu, cuda, cuda:1, ...")
+    features: int = option(512, "numbers that the classifier reads", type=positive)
+    classes: int = option(20_000, "logits that it makes", type=positive)
+    batch: int = option(1024, "samples of a step", type=positive)
+    rounds: int = option(9, "steps of each loss", type=positive)
 
 
 class Time(NamedTuple):
@@ -21,7 +34,7 @@ class Time(NamedTuple):
     loss: float
 
 
-def measure(device: torch.device, features: int, classes: int, batch: int, rounds: int = ROUNDS) -> dict[str, Time]:
+def measure(device: torch.device, features: int, classes: int, batch: int, rounds: int) -> dict[str, Time]:
     """Cross-entropy, fused and eager LMF, one after the other in each round."""
     inputs = torch.randn(batch, features, device=device)
     target = torch.randint(0, classes, (batch,), device=device)
@@ -69,3 +82,14 @@ def table(times: dict[str, Time]) -> str:
         f"Whole step with fused LMF: {eager / fused:.2f}x as fast as with eager LMF, {plain / fused:.2f}x cross-entropy"
     )
     return f"{aligned(rows)}\n{gain}"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``train.py many-classes``: print the table."""
+    parser = Parser(prog="train.py many-classes", description=__doc__)
+    parser.add_arguments(Sizes, "sizes")
+    sizes: Sizes = parser.parse_args(arguments).sizes
+    device = usable_device(sizes.device)
+    print(f"Linear classifier {sizes.features} -> {sizes.classes}, batch {sizes.batch}, {sizes.rounds} rounds")
+    print(table(measure(device, sizes.features, sizes.classes, sizes.batch, sizes.rounds)))
+    return 0

@@ -5,12 +5,14 @@ import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPException
 from types import ModuleType
 
 import torch
 from torch import nn
 
+from .arguments import not_negative, option, positive, positive_float
 from .errors import UserError
 from .networks import MLP, CosineClassifier, SmallCNN
 from .packages import needed
@@ -18,15 +20,15 @@ from .packages import needed
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a model is trained unless options say otherwise."""
+    """How a model is trained. Defaults: the paper's (100 epochs, Adam 1e-4), shorter for small models."""
 
-    epochs: int
-    batch_size: int
-    lr: float
-    weight_decay: float
-    lr_step: int
-    lr_gamma: float
-    image_size: int | None  # None: as the data come
+    epochs: int = option(None, "passes over the training part", type=positive)
+    batch_size: int = option(None, "images of a step", type=positive)
+    lr: float = option(None, "Adam's learning rate", type=positive_float)
+    weight_decay: float = option(None, "Adam's weight decay", type=not_negative)
+    lr_step: int = option(None, "epochs until the learning rate falls", type=positive)
+    lr_gamma: float = option(None, "the factor by which it falls", type=positive_float)
+    image_size: int | None = option(None, "side to which images are resized; None: as the data come", type=positive)
 
 
 # The paper's official code; and for networks trained from scratch a higher learning rate and fewer epochs,
@@ -34,69 +36,49 @@ class Protocol:
 PAPER_IMAGE_SIZE = 224
 PAPER = Protocol(100, 32, lr=1e-4, weight_decay=5e-4, lr_step=30, lr_gamma=0.1, image_size=PAPER_IMAGE_SIZE)
 SCRATCH = Protocol(30, 32, lr=2e-3, weight_decay=5e-4, lr_step=20, lr_gamma=0.1, image_size=None)
-
-# The last layer of each model; what is before it is the same for every loss.
-LAST_LAYER = {
-    "small_cnn": "classifier",
-    "mlp": "classifier",
-    "resnet50": "fc",
-    "efficientnet_v2_s": "classifier.1",
-    "densenet121": "classifier",
-    "efficientnet_lite0": "_fc",
-}
-SMALLEST_IMAGE = {"small_cnn": 4, "mlp": 1}  # the side that survives the pooling; 32 for the others
 TIMM = "timm:"
 HEADS = ("linear", "cosine")
+Shape = tuple[int, int, int]  # (channels, height, width) of an image
 
 
-def check_model_name(name: str) -> None:
-    """Raise UserError unless ``name`` is a model's."""
-    if name not in LAST_LAYER and not name.startswith(TIMM):
-        raise UserError(f"--model {name!r} is unknown, expected one of: {', '.join(LAST_LAYER)}, {TIMM}NAME")
+@dataclass(frozen=True)
+class Model:
+    """What is known of a network; large ones read RGB images and follow the paper's protocol."""
 
+    build: Callable[[Shape, int, str | None], nn.Module]  # from the images' shape, the number of classes and weights
+    last_layer: str | None = None  # what is before it is the same for every loss
+    map_layer: str | None = None  # its output still has a place for each part of the image
+    small: bool = False  # one of this project's, which reads what the data have
+    smallest_image: int = 32  # the side that survives the pooling
 
-def is_small(name: str) -> bool:
-    """Whether the model is one of this project's."""
-    return name in SMALLEST_IMAGE
-
-
-def protocol_of(name: str) -> Protocol:
-    """The defaults with which the model ``name`` is trained."""
-    return SCRATCH if is_small(name) else PAPER
-
-
-def smallest_image(name: str) -> int:
-    """The smallest side of an image that survives the model's pooling."""
-    return SMALLEST_IMAGE.get(name, 32)
-
-
-def channels_of(name: str, data_channels: int) -> int:
-    """The image channels that the model ``name`` reads."""
-    return data_channels if is_small(name) else 3
+    @property
+    def protocol(self) -> Protocol:
+        """How it is trained unless options say otherwise."""
+        return SCRATCH if self.small else PAPER
 
 
 def build_model(
-    name: str, shape: tuple[int, int, int], num_classes: int, weights: str | None = None, head: str = "linear"
+    name: str, shape: Shape, num_classes: int, weights: str | None = None, head: str = "linear"
 ) -> nn.Module:
-    """A new network for images of ``shape`` (c, h, w), from torch's random state or with pretrained ``weights``."""
-    if is_small(name):
-        if weights is not None:
-            raise UserError(f"--weights {weights!r}: {name} has no pretrained weights")
-        model = SmallCNN(shape[0], num_classes) if name == "small_cnn" else MLP(math.prod(shape), num_classes)
-    elif name == "efficientnet_lite0":
-        model = _efficientnet_lite0(num_classes, weights)
-    elif name.startswith(TIMM):
-        model = _timm(name.removeprefix(TIMM), num_classes, weights)
-    else:
-        model = _torchvision(name).get_model(name, weights=None)
-        if weights is not None:
-            model.load_state_dict(_torchvision_weights(name, weights))
-        _replace_last_layer(model, LAST_LAYER[name], lambda features: nn.Linear(features, num_classes))
+    """A new network for images of ``shape``, from torch's random state or with pretrained ``weights``."""
+    known = model_of(name)
+    if known.small and weights is not None:
+        raise UserError(f"--weights {weights!r}: {name} has no pretrained weights")
+    model = known.build(shape, num_classes, weights)
     if head == "cosine":
-        if name not in LAST_LAYER:
+        if known.last_layer is None:
             raise UserError(f"--head cosine is not supported for {name}")
-        _replace_last_layer(model, LAST_LAYER[name], lambda features: CosineClassifier(features, num_classes))
+        _replace_last_layer(model, known.last_layer, lambda features: CosineClassifier(features, num_classes))
     return model
+
+
+def model_of(name: str) -> Model:
+    """The row of ``name``, or one for a model of timm."""
+    if name.startswith(TIMM):
+        return Model(partial(_timm, name.removeprefix(TIMM)))
+    if name not in MODELS:
+        raise UserError(f"--model {name!r} is unknown, expected one of: {', '.join(MODELS)}, {TIMM}NAME")
+    return MODELS[name]
 
 
 def _replace_last_layer(model: nn.Module, path: str, make: Callable[[int], nn.Module]) -> None:
@@ -104,12 +86,17 @@ def _replace_last_layer(model: nn.Module, path: str, make: Callable[[int], nn.Mo
     setattr(model.get_submodule(parent), attribute, make(model.get_submodule(path).in_features))
 
 
-def _torchvision(name: str) -> ModuleType:
-    return needed("torchvision.models", f"--model {name}")
+def _torchvision(name: str, shape: Shape, num_classes: int, weights: str | None) -> nn.Module:
+    models = needed("torchvision.models", f"--model {name}")
+    model = models.get_model(name, weights=None)
+    if weights is not None:
+        model.load_state_dict(_torchvision_weights(models, name, weights))
+    _replace_last_layer(model, MODELS[name].last_layer, lambda features: nn.Linear(features, num_classes))
+    return model
 
 
-def _torchvision_weights(name: str, weights: str) -> dict[str, torch.Tensor]:
-    known = _torchvision(name).get_model_weights(name)
+def _torchvision_weights(models: ModuleType, name: str, weights: str) -> dict[str, torch.Tensor]:
+    known = models.get_model_weights(name)
     if weights not in known.__members__:
         raise UserError(f"--weights {weights!r} is unknown for {name}, expected one of: {', '.join(known.__members__)}")
     try:
@@ -121,7 +108,7 @@ def _torchvision_weights(name: str, weights: str) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def _timm(name: str, num_classes: int, weights: str | None) -> nn.Module:
+def _timm(name: str, shape: Shape, num_classes: int, weights: str | None) -> nn.Module:
     timm = needed("timm", f"--model {TIMM}{name}")
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
@@ -138,7 +125,7 @@ def _timm(name: str, num_classes: int, weights: str | None) -> nn.Module:
         ) from error
 
 
-def _efficientnet_lite0(num_classes: int, weights: str | None) -> nn.Module:
+def _efficientnet_lite0(shape: Shape, num_classes: int, weights: str | None) -> nn.Module:
     network = needed("efficientnet_lite_pytorch", "--model efficientnet_lite0").EfficientNet
     if weights is None:
         model = network.from_name("efficientnet-lite0", num_classes=num_classes)
@@ -153,3 +140,21 @@ def _efficientnet_lite0(num_classes: int, weights: str | None) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.1  # torch's; with the 0.01 of ImageNet's training the statistics lag for many epochs
     return model
+
+
+MODELS = {
+    "small_cnn": Model(
+        lambda shape, num_classes, _: SmallCNN(shape[0], num_classes),
+        "classifier",
+        "features.4",
+        small=True,
+        smallest_image=4,
+    ),
+    "mlp": Model(
+        lambda shape, num_classes, _: MLP(math.prod(shape), num_classes), "classifier", small=True, smallest_image=1
+    ),
+    "resnet50": Model(partial(_torchvision, "resnet50"), "fc", "layer4"),
+    "efficientnet_v2_s": Model(partial(_torchvision, "efficientnet_v2_s"), "classifier.1", "features"),
+    "densenet121": Model(partial(_torchvision, "densenet121"), "classifier", "features"),
+    "efficientnet_lite0": Model(_efficientnet_lite0, "_fc", "_bn1"),
+}

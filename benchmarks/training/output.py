@@ -23,10 +23,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """The text as UTF-8."""
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Strict JSON: numbers that are not finite (a diverged loss) become null."""
-    text = json.dumps(_finite(value), indent=1, allow_nan=False, default=str)
-    write_atomically(path, lambda file: file.write_text(text + "\n"))
+    write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False, default=str) + "\n")
 
 
 def _finite(value: Any) -> Any:

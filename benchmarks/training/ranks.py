@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from .errors import UserError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -26,18 +28,28 @@ class Ranks:
         return values
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """All processes' values (n_i,) one after the other."""
+        """All processes' values (..., n_i), joined on the last dimension."""
         if self.size == 1:
             return values
         parts: list[torch.Tensor] = [values] * self.size
         dist.all_gather_object(parts, values.cpu())
-        return torch.cat([part.to(values.device) for part in parts])
+        return torch.cat([part.to(values.device) for part in parts], dim=-1)
 
     def share_buffers(self, model: torch.nn.Module) -> None:
         """Give every process the first one's buffers (batch normalisation's statistics)."""
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of --device; a UserError if this machine has none such."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def join(device: torch.device) -> tuple[Ranks, torch.device]:

@@ -1,0 +1,1 @@
+"""The data: readers, splits, batches."""
