@@ -20,10 +20,14 @@ from ._vmap import backward_rule, forward_rule
 from .math.reference import reference_loss
 
 
+# What the caller calls logits, target and each of `Tables`.
+_GIVEN_AS = ("input", "target", "margins", "ldam_weight", "focal_weight", "normalizer", "normalizer")
+
+
 def loss_of(backend: Backend, logits: Tensor, target: Tensor, tables: Tables, options: Options) -> Tensor:
     """The loss of logits (N, C, ...) and target (N, ...), differentiable in the logits."""
     if backend.in_graph is None:
-        for name, tensor in {"input": logits, "target": target, **tables._asdict()}.items():
+        for name, tensor in zip(_GIVEN_AS, (logits, target, *tables), strict=True):
             if tensor is not None:
                 check_memory(name, tensor)
         check_labels(target, logits.shape[1], options.ignore_index)
