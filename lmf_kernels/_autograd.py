@@ -19,7 +19,6 @@ from ._validate import check_labels, check_memory
 from ._vmap import backward_rule, forward_rule
 from .math.reference import reference_loss
 
-
 # What the caller calls logits, target and each of `Tables`.
 _GIVEN_AS = ("input", "target", "margins", "ldam_weight", "focal_weight", "normalizer", "normalizer")
 
