@@ -60,7 +60,7 @@ import torch
 from torch import Tensor
 
 from .._call import NONE, Options, Tables
-from .rows import accumulation_dtype, denominators, look_up, no_autocast, read_labels, reduce, terms
+from .rows import accumulation_dtype, denominators, is_live, look_up, no_autocast, read_labels, reduce, terms
 
 
 def reference_loss(
@@ -81,7 +81,7 @@ def reference_loss(
         rows = look_up(tables, labels.y, acc)
 
         # Rows with a zero gradient are cut off at the input, so that no 0 * NaN can arise (edges 1 and 3).
-        live = labels.valid & (rows.is_live(alpha, beta)) | labels.bad
+        live = labels.valid & is_live(rows, alpha, beta) | labels.bad
         z = torch.where(live.unsqueeze(1), logits.to(acc), 0.0)
 
         classes = torch.arange(num_classes, device=z.device).view(-1, *[1] * (z.dim() - 2))

@@ -34,16 +34,13 @@ class Labels(NamedTuple):
     kept: Tensor  # not ignore_index
     valid: Tensor  # kept, and a class
     y: Tensor  # the class, 0 where it is not valid
-
-    @property
-    def bad(self) -> Tensor:
-        return self.kept & ~self.valid
+    bad: Tensor  # kept, and no class
 
 
 def read_labels(target: Tensor, num_classes: int, ignore_index: int) -> Labels:
     kept = target != ignore_index
     valid = kept & (target >= 0) & (target < num_classes)
-    return Labels(kept, valid, torch.where(valid, target, 0))
+    return Labels(kept, valid, torch.where(valid, target, 0), kept & ~valid)
 
 
 class RowTables(NamedTuple):
@@ -53,11 +50,12 @@ class RowTables(NamedTuple):
     w_ldam: Tensor | None
     w_focal: Tensor | None
 
-    def is_live(self, alpha: float, beta: float) -> Tensor | bool:
-        """Whether a term is evaluated whose class weight is not 0."""
-        ldam = alpha != 0 if self.w_ldam is None else (self.w_ldam != 0) & (alpha != 0)
-        focal = beta != 0 if self.w_focal is None else (self.w_focal != 0) & (beta != 0)
-        return ldam | focal
+
+def is_live(rows: RowTables, alpha: float, beta: float) -> Tensor | bool:
+    """Whether a term is evaluated whose class weight is not 0."""
+    ldam = alpha != 0 if rows.w_ldam is None else (rows.w_ldam != 0) & (alpha != 0)
+    focal = beta != 0 if rows.w_focal is None else (rows.w_focal != 0) & (beta != 0)
+    return ldam | focal
 
 
 def look_up(tables: Tables, y: Tensor, acc: torch.dtype) -> RowTables:
