@@ -21,7 +21,7 @@ STAMPS := $(VENV)/stamps-lmf_kernels
 export PATH := $(BIN):$(PATH)
 
 SOURCES := $(wildcard csrc/* lmf_kernels/_build/*.py) setup.py pyproject.toml
-MODULES := $(wildcard lmf_kernels/*.py)
+MODULES := $(wildcard lmf_kernels/*.py lmf_kernels/*/*.py)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
 # Of another kind of build, another stamp: CI asks for CUDA kernels.
 BUILD := $(STAMPS)/build$(LMF_BUILD_CUDA)

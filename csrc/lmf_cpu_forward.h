@@ -80,7 +80,8 @@ __attribute__((flatten)) void finish_rows(const ForwardArguments& p, const Optio
     };
     const auto m = load_wide(&rows.m[first]);
     const auto anchor = W::select(m == W::of(-infinity<A>()), zero, m);
-    const RowSums<W> whole = {anchor, load_wide(&rows.t1[first]), load_wide(&rows.t2[first]), load_wide(&rows.z_y[first])};
+    const RowSums<W> whole = {anchor, load_wide(&rows.t1[first]), load_wide(&rows.t2[first]),
+                              load_wide(&rows.z_y[first])};
     const Gap<W> gap(whole, ignored);
     Term<W> focal = {zero, zero, zero}, ldam = focal;
     if (o.beta != 0) {
