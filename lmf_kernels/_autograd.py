@@ -45,6 +45,7 @@ def _innermost_transform() -> TransformType:
 
 
 def _kernels(backend: Backend) -> Kernels:
+    """For backward, which compiled autograd traces; a compiler meets no forward of the Functions below."""
     graph = backend.in_graph
     return graph if graph is not None and torch.compiler.is_compiling() else backend.kernels
 
@@ -69,7 +70,7 @@ class _FusedLoss(_ReverseMode):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call: tuple[Backend, Tensor, Tables, Options]) -> Tensor:
         backend, target, tables, options = call
-        loss, saved, denominators = _kernels(backend).forward(logits, target, tables, options)
+        loss, saved, denominators = backend.kernels.forward(logits, target, tables, options)
         _save(ctx, backend, logits, target, tables, options, saved, denominators)
         return loss
 
@@ -85,7 +86,7 @@ class _TransformableLoss(_ReverseMode):
     def forward(
         backend: Backend, logits: Tensor, target: Tensor, tables: Tables, options: Options
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _kernels(backend).forward(logits, target, tables, options)
+        return backend.kernels.forward(logits, target, tables, options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._call import Options, Tables
 from ._native import _C, BUILD, built, native_problem
-from ._ops import FUSED, OPS, Ops, no_triton, triton_kernels
+from ._ops import OPS, Ops, no_triton, triton_kernels
 from ._versions import triton_version
 from .math import slices
 
@@ -43,17 +43,21 @@ class Backend:
     extra_copies: int  # of a chunk of float32 logits, which its sums and its gradient take beyond it
 
 
-def _in_graph(ops: Ops) -> Kernels:
+def grouped(ops: Ops) -> Kernels:
+    """Ops, or whatever has their flat arguments, as kernels."""
+
     def forward(logits: Tensor, target: Tensor, tables: Tables, options: Options) -> Any:
         return ops.forward(logits, target, *tables, *options)
 
-    def backward(grad_output: Tensor, *arguments: Any) -> Any:
-        *tensors, options = arguments
-        return ops.backward(grad_output, *tensors, *options)
+    def backward(
+        grad_output: Tensor, logits: Tensor, target: Tensor, saved: Tensor, denominators: Tensor, options: Options
+    ) -> Any:
+        return ops.backward(grad_output, logits, target, saved, denominators, *options)
 
-    def backward_(grad_output: Tensor, *arguments: Any) -> None:
-        *tensors, options = arguments
-        ops.backward_(grad_output, *tensors, *options)
+    def backward_(
+        grad_output: Tensor, logits: Tensor, target: Tensor, saved: Tensor, denominators: Tensor, options: Options
+    ) -> None:
+        ops.backward_(grad_output, logits, target, saved, denominators, *options)
 
     def sums(logits: Tensor, target: Tensor, first_class: int, options: Options) -> Any:
         return ops.sums(logits, target, first_class, *options)
@@ -71,9 +75,7 @@ def _is_watched() -> bool:
     return bool(torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
 
 
-def _triton() -> Kernels:
-    op = _in_graph(OPS["triton"])
-
+def _triton(op: Kernels) -> Kernels:
     def are_numbers(options: Options) -> bool:  # arguments of wrong types are for the op to refuse
         return all(type(option) is float or type(option) is int for option in options)
 
@@ -99,22 +101,11 @@ def _triton() -> Kernels:
     return op._replace(forward=forward, backward=backward)
 
 
-def _native() -> Kernels:
-    op, native_forward, native_backward = _in_graph(OPS["native"]), _C.native_forward, _C.native_backward
-
-    def forward(logits: Tensor, target: Tensor, tables: Tables, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-        return native_forward(logits, target, *tables, *options)
-
-    def backward(
-        grad_output: Tensor, logits: Tensor, target: Tensor, saved: Tensor, denominators: Tensor, options: Options
-    ) -> Tensor:
-        return native_backward(grad_output, logits, target, saved, denominators, *options)
-
-    return op._replace(forward=forward, backward=backward)
-
-
+_IN_GRAPH = {name: grouped(ops) for name, ops in OPS.items()}
 TABLE = {
-    "triton": Backend("triton", _triton(), _in_graph(OPS["triton"]), raises_for_labels=False, extra_copies=0),
+    "triton": Backend(
+        "triton", _triton(_IN_GRAPH["triton"]), _IN_GRAPH["triton"], raises_for_labels=False, extra_copies=0
+    ),
     # Eager temporaries in the accumulation type, and masks.
     "reference": Backend(
         "reference",
@@ -124,8 +115,9 @@ TABLE = {
         extra_copies=3,
     ),
 }
-if "native" in FUSED:
-    TABLE["native"] = Backend("native", _native(), _in_graph(OPS["native"]), raises_for_labels=True, extra_copies=0)
+if _C is not None:
+    _eager = grouped(OPS["native"]._replace(forward=_C.native_forward, backward=_C.native_backward))
+    TABLE["native"] = Backend("native", _eager, _IN_GRAPH["native"], raises_for_labels=True, extra_copies=0)
 _native_devices: tuple[str, ...] = () if _C is None else tuple(_C.devices())
 
 

@@ -91,8 +91,10 @@ _library.impl("triton_backward", _triton_backward, "CompositeExplicitAutograd")
 _library.impl("triton_backward_", _triton_backward_, "CompositeExplicitAutograd")
 _library.impl("triton_sums", _triton_sums, "CompositeExplicitAutograd")
 
-FUSED = ("triton",) if _C is None else ("triton", "native")
-OPS = {name: Ops(*(getattr(torch.ops.lmf_kernels, f"{name}_{op}").default for op in Ops._fields)) for name in FUSED}
+OPS = {
+    name: Ops(*(getattr(torch.ops.lmf_kernels, f"{name}_{op}").default for op in Ops._fields))
+    for name in (("triton",) if _C is None else ("triton", "native"))
+}
 
 
 # ---- fake kernels ---------------------------------------------------------------------------------------------------

@@ -217,9 +217,9 @@ def with_normalizer(
 
 def without_tiny_terms(options: Options, dtype: torch.dtype) -> Options:
     """Coefficients that are 0 in float32 as 0: a kernel skips such a term, denominator and all."""
-    alpha, beta, gamma, s, ignore_index, reduction = options
-    if (alpha >= _TINY and beta >= _TINY) or dtype == torch.float64:
+    if (options.alpha >= _TINY and options.beta >= _TINY) or dtype == torch.float64:
         return options
+    alpha, beta, gamma, s, ignore_index, reduction = options
     alpha, beta = 0.0 if alpha < _TINY else alpha, 0.0 if beta < _TINY else beta
     return Options(alpha, beta, gamma, s, ignore_index, reduction)
 

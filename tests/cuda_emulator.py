@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import re
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -105,16 +104,7 @@ class Emulator:
 
     def backend(self) -> _backends.Backend:
         """The row of the native backend with these kernels."""
-
-        def backward_like(step: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda *arguments: step(*arguments[:-1], *arguments[-1])
-
-        kernels = _backends.Kernels(
-            lambda logits, target, tables, options: self.forward(logits, target, *tables, *options),
-            backward_like(self.backward),
-            backward_like(self.backward_),
-            lambda logits, target, first_class, options: self.sums(logits, target, first_class, *options),
-        )
+        kernels = _backends.grouped(_ops.Ops(self.forward, self.backward, self.backward_, self.sums))
         return dataclasses.replace(_backends.TABLE["native"], kernels=kernels)
 
     def forward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

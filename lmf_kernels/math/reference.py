@@ -59,8 +59,21 @@ import math
 import torch
 from torch import Tensor
 
-from .._call import NONE, Options, Tables
-from .rows import accumulation_dtype, denominators, is_live, look_up, no_autocast, read_labels, reduce, terms
+from .._call import MEAN, NONE, Options, Tables
+from .rows import (
+    accumulation_dtype,
+    denominators,
+    focal_log_odds,
+    focal_term,
+    is_live,
+    ldam_log_odds,
+    ldam_term,
+    look_up,
+    no_autocast,
+    or_zero,
+    read_labels,
+    reduce,
+)
 
 
 def reference_loss(
@@ -73,7 +86,7 @@ def reference_loss(
 
     Bad labels poison their row with NaN (edge 2); nothing here synchronises with the device.
     """
-    alpha, beta, _, s, ignore_index, reduction = options
+    alpha, beta, gamma, s, ignore_index, reduction = options
     with no_autocast(logits.device.type):
         acc = accumulation_dtype(logits.dtype)
         num_classes = logits.shape[1]
@@ -93,11 +106,15 @@ def reference_loss(
         poison = poison | ((z_y == -math.inf) & (m == -math.inf))
         # Added, not filled in, so that the gradient is NaN as well (edges 2 and 4).
         nan = torch.where(poison, math.nan, 0.0).to(acc)
-        m = torch.where(m == -math.inf, 0.0, m)
+        m = or_zero(m)
         d = competitors + (nan - m).unsqueeze(1)
-        t1 = d.exp().sum(1) if beta != 0 else None
-        t2 = (s * d).exp().sum(1) if alpha != 0 else None
-        if t1 is None and t2 is None:
+        gap = m - (z_y + nan)
+        ldam = focal = None
+        if alpha != 0:
+            ldam = ldam_term(ldam_log_odds(gap, (s * d).exp().sum(1), rows, labels, s))
+        if beta != 0:
+            focal = focal_term(focal_log_odds(gap, d.exp().sum(1), rows, labels), gamma)
+        if ldam is None and focal is None:
             return z.sum(1) * 0.0 if reduction == NONE else z.sum() * 0.0
-        ldam, focal = terms(m - (z_y + nan), t1, t2, rows, labels, options)
-        return reduce(ldam, focal, denominators(labels, rows.w_ldam, tables, acc), options)
+        over = denominators(labels, rows.w_ldam, tables, acc) if reduction == MEAN else None
+        return reduce(ldam, focal, over, options)

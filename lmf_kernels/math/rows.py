@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.amp.autocast_mode import is_autocast_available
 
-from .._call import NONE, SUM, Options, Tables
+from .._call import NONE, Options, Tables
 
 # Looked up once, at import: torch.compile cannot trace the looking before torch 2.13.
 AUTOCAST_DEVICES = frozenset(
@@ -63,6 +63,11 @@ def look_up(tables: Tables, y: Tensor, acc: torch.dtype) -> RowTables:
     return RowTables(*(None if table is None else table.to(acc)[y] for table in by_class))
 
 
+def or_zero(m: Tensor) -> Tensor:
+    """What exponents are relative to: m, but 0 where nothing is finite, so that exp(-inf - 0) = 0 and not NaN."""
+    return torch.where(m == -math.inf, 0.0, m)
+
+
 # ---- eq. 2 to 6 -----------------------------------------------------------------------------------------------------
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)), accurate relative to its value, as are its first and second derivatives."""
@@ -92,13 +97,10 @@ def focal_slope(a: Tensor, gamma: float) -> Tensor:
 class LogOdds(NamedTuple):
     x: Tensor  # a or b of eq. 2
     silent: Tensor  # rows whose term is a stored zero: edges 1, 3 and 5
-
-    def weighted(self, value: Tensor, weight: Tensor | None) -> Tensor:
-        """A term's value or slope times the class weight, with the edges; NaN where x is NaN."""
-        return torch.where(self.silent, 0.0, value if weight is None else weight * value)
+    weight: Tensor | None  # of the row's class
 
 
-def log_odds(gap: Tensor, t: Tensor, weight: Tensor | None, labels: Labels) -> LogOdds:
+def _log_odds(gap: Tensor, t: Tensor, weight: Tensor | None, labels: Labels) -> LogOdds:
     """Of one term: gap = m - z_y, scaled and with its margin, and NaN, as t, where the row is poisoned."""
     alone = t == 0
     x = gap + torch.where(alone, 1.0, t).log()
@@ -106,31 +108,32 @@ def log_odds(gap: Tensor, t: Tensor, weight: Tensor | None, labels: Labels) -> L
     silent = alone | ~labels.kept
     if weight is not None:
         silent = silent | ((weight == 0) & labels.valid)
-    return LogOdds(x, silent)
+    return LogOdds(x, silent, weight)
 
 
 def focal_log_odds(gap: Tensor, t1: Tensor, rows: RowTables, labels: Labels) -> LogOdds:
     """a of eq. 2."""
-    return log_odds(gap, t1, rows.w_focal, labels)
+    return _log_odds(gap, t1, rows.w_focal, labels)
 
 
 def ldam_log_odds(gap: Tensor, t2: Tensor, rows: RowTables, labels: Labels, s: float) -> LogOdds:
     """b of eq. 2."""
-    return log_odds(s * (gap if rows.margin is None else gap + rows.margin), t2, rows.w_ldam, labels)
+    return _log_odds(s * (gap if rows.margin is None else gap + rows.margin), t2, rows.w_ldam, labels)
 
 
-def terms(
-    gap: Tensor, t1: Tensor | None, t2: Tensor | None, rows: RowTables, labels: Labels, options: Options
-) -> tuple[Tensor | None, Tensor | None]:
-    """The weighted terms (LDAM, focal) of each row by eq. 2 and 3; None for the one without t."""
-    ldam = focal = None
-    if t2 is not None:
-        odds = ldam_log_odds(gap, t2, rows, labels, options.s)
-        ldam = odds.weighted(softplus(odds.x), rows.w_ldam)
-    if t1 is not None:
-        odds = focal_log_odds(gap, t1, rows, labels)
-        focal = odds.weighted(focal_value(odds.x, options.gamma), rows.w_focal)
-    return ldam, focal
+def weighted(odds: LogOdds, value: Tensor) -> Tensor:
+    """A term's value or slope times the class weight, with the edges; NaN where x is NaN."""
+    return torch.where(odds.silent, 0.0, value if odds.weight is None else odds.weight * value)
+
+
+def focal_term(odds: LogOdds, gamma: float) -> Tensor:
+    """The weighted focal term of each row by eq. 3."""
+    return weighted(odds, focal_value(odds.x, gamma))
+
+
+def ldam_term(odds: LogOdds) -> Tensor:
+    """The weighted LDAM term of each row by eq. 3."""
+    return weighted(odds, softplus(odds.x))
 
 
 # ---- the reductions -------------------------------------------------------------------------------------------------
@@ -145,13 +148,13 @@ def denominators(labels: Labels, w_ldam: Tensor | None, tables: Tables, acc: tor
     return ldam.to(acc), focal.to(acc)
 
 
-def reduce(ldam: Tensor | None, focal: Tensor | None, over: tuple[Tensor, Tensor], options: Options) -> Tensor:
+def reduce(ldam: Tensor | None, focal: Tensor | None, over: tuple[Tensor, Tensor] | None, options: Options) -> Tensor:
     """The loss from the weighted terms of rows, of which one may be None; `over` are the denominators of 'mean'."""
     reduced = []
-    for coefficient, term, denominator in ((options.alpha, ldam, over[0]), (options.beta, focal, over[1])):
+    for i, (coefficient, term) in enumerate(((options.alpha, ldam), (options.beta, focal))):
         if term is None:
             continue
         if options.reduction != NONE:
-            term = term.sum() if options.reduction == SUM else term.sum() / denominator
-        reduced.append(coefficient * term)
+            term = term.sum()
+        reduced.append(coefficient * (term if over is None else term / over[i]))
     return reduced[0] + reduced[1] if len(reduced) == 2 else reduced[0]

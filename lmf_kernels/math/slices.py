@@ -19,11 +19,14 @@ from .rows import (
     denominators,
     focal_log_odds,
     focal_slope,
+    focal_term,
     ldam_log_odds,
+    ldam_term,
     look_up,
+    or_zero,
     read_labels,
     reduce,
-    terms,
+    weighted,
 )
 
 
@@ -45,7 +48,7 @@ def slice_sums(
     z.scatter_(1, y[:, None], torch.where(here, -math.inf, z.gather(1, y[:, None]).squeeze(1))[:, None])
     m = z.amax(1)
     scale_1, scale_2 = scales(options)
-    d = z.sub_(torch.where(m == -math.inf, 0.0, m)[:, None])
+    d = z.sub_(or_zero(m)[:, None])
     t1 = (d * scale_1).exp_().sum(1)
     t2 = t1 if scale_1 == scale_2 else d.mul_(scale_2).exp_().sum(1)
     return torch.stack((m, t1, t2, z_y))
@@ -88,26 +91,28 @@ def finish(
     gap, t1, t2 = (torch.where(poison, math.nan, value) for value in (gap, t1, t2))
     zero = torch.zeros_like(m)
     c1 = c2 = g1 = g2 = zero
+    ldam = focal = None
 
     def over(g: Tensor, t: Tensor) -> Tensor:
         return torch.where(g == 0, 0.0, g / t)
 
     if beta != 0:
         odds = focal_log_odds(gap, t1, rows, labels)
-        g1 = odds.weighted(beta * focal_slope(odds.x, gamma), rows.w_focal)
+        focal = focal_term(odds, gamma)
+        g1 = weighted(odds, beta * focal_slope(odds.x, gamma))
         c1 = over(g1, t1)
     if alpha != 0:
         odds = ldam_log_odds(gap, t2, rows, labels, s)
-        g2 = odds.weighted(alpha * s * torch.sigmoid(odds.x), rows.w_ldam)
+        ldam = ldam_term(odds)
+        g2 = weighted(odds, alpha * s * torch.sigmoid(odds.x))
         c2 = over(g2, t2)
-    saved = torch.stack((torch.where(m == -math.inf, 0.0, m), c1, c2, g1, g2)).view(5, -1)
-    both = denominators(labels, rows.w_ldam, tables, m.dtype)
-    if alpha == 0 and beta == 0:
+    saved = torch.stack((or_zero(m), c1, c2, g1, g2)).view(5, -1)
+    both = denominators(labels, rows.w_ldam, tables, m.dtype) if reduction == MEAN else None
+    if ldam is None and focal is None:
         loss = zero if reduction == NONE else zero.sum()
     else:
-        ldam, focal = terms(gap, t1 if beta != 0 else None, t2 if alpha != 0 else None, rows, labels, options)
         loss = reduce(ldam, focal, both, options)
-    return loss, saved, torch.stack(both) if reduction == MEAN else m.new_empty(0)
+    return loss, saved, m.new_empty(0) if both is None else torch.stack(both)
 
 
 def forward(logits: Tensor, target: Tensor, tables: Tables, options: Options) -> tuple[Tensor, Tensor, Tensor]:

@@ -128,6 +128,22 @@ def _num_warps(tile: Tile, device: Device) -> int:
     return lanes // device.warp_size or 1
 
 
+def _walk(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    target_strides: tuple[int, ...],
+    itemsize: int,
+    device: Device,
+) -> tuple[Levels, Tile, tuple[int, ...]] | None:
+    """Rows, tile, and the kernel's sizes and strides, of kernels that read logits and labels and sum over classes."""
+    levels = _levels(shape[:1] + shape[2:], strides[:1] + strides[2:], target_strides)
+    if levels is None:
+        return None
+    tile = _tile(shape[1], levels, (strides[1],), itemsize, device)
+    logits, target = levels.strides
+    return levels, tile, (levels.rows, levels.middle, levels.inner, *logits, strides[1], *target)
+
+
 @functools.lru_cache(maxsize=1024)
 def forward_plan(
     shape: tuple[int, ...],
@@ -136,12 +152,11 @@ def forward_plan(
     itemsize: int,
     device: Device,
 ) -> Plan | None:
-    C = shape[1]
-    levels = _levels(shape[:1] + shape[2:], strides[:1] + strides[2:], target_strides)
-    if levels is None:
+    work = _walk(shape, strides, target_strides, itemsize, device)
+    if work is None:
         return None
-    tile = _tile(C, levels, (strides[1],), itemsize, device)
-    rows, step = levels.rows, tile.K * tile.LPR * tile.V
+    levels, tile, arguments = work
+    C, rows, step = tile.C, levels.rows, tile.K * tile.LPR * tile.V
     sub = 1
     if tile.RT == 1 and step < C and 0 < rows <= 2 * device.multiprocessors:
         # Too few rows to fill the machine: each is split. Powers of two, so that few kernels serve all numbers of rows.
@@ -156,8 +171,7 @@ def forward_plan(
         # More programs than run at once, or with less than 16 rows each, only cost partial sums.
         most = min(16 * device.multiprocessors, max(2 * device.multiprocessors, rows // 16))
         programs = max(1, min(_units(levels, tile, sub), most))
-    arguments = (rows, levels.middle, levels.inner, *levels.strides[0], strides[1], *levels.strides[1], sub)
-    return Plan(rows, programs, _forward_options(tile, device), tile, arguments, {})
+    return Plan(rows, programs, _forward_options(tile, device), tile, (*arguments, sub), {})
 
 
 def _forward_options(tile: Tile, device: Device) -> dict[str, Any]:
@@ -208,9 +222,8 @@ def sums_plan(
     itemsize: int,
     device: Device,
 ) -> Plan | None:
-    levels = _levels(shape[:1] + shape[2:], strides[:1] + strides[2:], target_strides)
-    if levels is None:
+    work = _walk(shape, strides, target_strides, itemsize, device)
+    if work is None:
         return None
-    tile = _tile(shape[1], levels, (strides[1],), itemsize, device)
-    arguments = (levels.rows, levels.middle, levels.inner, *levels.strides[0], strides[1], *levels.strides[1])
+    levels, tile, arguments = work
     return Plan(levels.rows, _units(levels, tile), _forward_options(tile, device), tile, arguments, {})
